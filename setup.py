@@ -1,0 +1,35 @@
+"Reads settings.ini; the templates and studies of nbs/ travel in the wheel as s3pet_nb/templates and s3pet_nb/studies."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(HERE / "settings.ini", encoding="utf-8")
+settings = config["DEFAULT"]
+
+setup(
+    version=settings["version"],
+    description=settings["description"],
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    keywords=[word.strip() for word in settings["keywords"].split(",")],
+    author=settings["author"],
+    license=settings["license"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Framework :: Jupyter",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=f">={settings['min_python']}",
+    install_requires=settings["requirements"].split(),
+    extras_require={key.removeprefix("extra_"): settings[key].split() for key in settings if key.startswith("extra_")},
+    entry_points={"console_scripts": settings["console_scripts"].split(),
+                  "nbdev": ["s3pet_nb=s3pet_nb._modidx:d"]},
+    packages=["s3pet_nb", "s3pet_nb.templates", "s3pet_nb.studies"],
+    package_dir={"s3pet_nb.templates": "nbs/experiments", "s3pet_nb.studies": "nbs/studies"},
+    package_data={"s3pet_nb.templates": ["*.ipynb"], "s3pet_nb.studies": ["*.yml"]},
+)

@@ -1,0 +1,26 @@
+"Settings that every test shares, and the real data where they are."
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    "Small tensors on shared cores: more threads only wait for each other."
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    "The folder that S3PET_DATA names; without it the test is skipped, or fails if S3PET_REQUIRE_DATA=1."
+    folder = os.environ.get("S3PET_DATA")
+    if folder and Path(folder).is_dir():
+        return Path(folder)
+    reason = f"no data folder: S3PET_DATA is {folder!r}"
+    if os.environ.get("S3PET_REQUIRE_DATA") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)

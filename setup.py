@@ -1,4 +1,4 @@
-"Reads settings.ini; the templates and studies of nbs/ travel in the wheel as s3pet_nb/templates and s3pet_nb/studies."
+"Reads settings.ini; the wheel has templates and studies of nbs/ as s3pet_nb/templates and s3pet_nb/studies."
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -26,7 +26,8 @@ setup(
     ],
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={key.removeprefix("extra_"): settings[key].split() for key in settings if key.startswith("extra_")},
+    extras_require={key.removeprefix("extra_"): settings[key].split() for key in settings
+                    if key.startswith("extra_")},
     entry_points={"console_scripts": settings["console_scripts"].split(),
                   "nbdev": ["s3pet_nb=s3pet_nb._modidx:d"]},
     packages=["s3pet_nb", "s3pet_nb.templates", "s3pet_nb.studies"],

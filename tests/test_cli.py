@@ -1,0 +1,182 @@
+"The commands as a user types them: what they start, what they say, how they end."
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+from s3pet_nb.cli import app, assignments, check, closing_table
+
+S3PET = [sys.executable, "-c", "from s3pet_nb.cli import main; main()"]
+FINE = {"task": "agreement", "space": "mix", "budget": 2e-4, "data_dir": None, "backbone": "minilm",
+        "seed": 0}
+ROW = {"label": "searched", "modules": 9, "n_params": 4540, "validation": 0.8, "test": 0.75}
+
+
+@pytest.fixture
+def invoke(tmp_path, monkeypatch):
+    "Run a command in an empty folder."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    return lambda *words: CliRunner().invoke(app, words)
+
+
+@pytest.fixture
+def tiny_template(tmp_path, monkeypatch):
+    "A project whose template 'search' has the agreed parameters and only writes them down."
+    parameters = "\n".join(f"{name} = {value!r}" for name, value in {
+        "run_folder": "", "task": "agreement", "backbone": "minilm", "data_dir": None, "space": "mix",
+        "budget": 1e-3, "order": "auto", "seed": 0, "search_steps": 4, "retrain_steps": 4,
+        "lr": 1e-3}.items())
+    body = f"""\
+from s3pet_nb.store import Run
+if search_steps == 13:
+    raise FloatingPointError("the loss is NaN at step 13; lower lr")
+Run(run_folder).save_result({{"task": task, "metric": "accuracy", "budget": 4542, "n_backbone": 22_713_216,
+                              "rows": [{ROW!r}], "seed": seed, "steps": search_steps, "lr": lr}})"""
+    head = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    notebook = nbformat.v4.new_notebook(cells=[head, nbformat.v4.new_code_cell(body)])
+    notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    package = tmp_path / "package"
+    for kind in "templates", "studies":
+        (package / kind).mkdir(parents=True)
+    nbformat.write(notebook, package / "templates" / "search.ipynb")
+    for name in "demo", "search":
+        (package / "studies" / f"{name}.yml").write_text("template: search\nparams: {search_steps: 5}\n")
+    monkeypatch.setattr("s3pet_nb.run.PACKAGE", package)
+    monkeypatch.setattr("s3pet_nb.cli.check", lambda params: None)  # it asks for what this template lacks
+
+
+def test_values_are_read_as_the_type_of_the_default():
+    defaults = {"lr": 1e-3, "steps": 4, "task": "a", "data_dir": None}
+    assert assignments(["lr=3e-4", "steps=7", "task=7", "data_dir=None"], defaults) == {
+        "lr": 3e-4, "steps": 7, "task": "7", "data_dir": None}
+    assert assignments(["task=a=b"], defaults) == {"task": "a=b"}
+    with pytest.raises(ValueError, match="write --set name=value"):
+        assignments(["lr"], defaults)
+
+
+def test_a_value_is_never_executed(tmp_path):
+    word = f"lr=open({str(tmp_path / 'made')!r}, 'w')"
+    assert isinstance(assignments([word], {"lr": 1.0})["lr"], str) and not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("wrong, sentence", [
+    ({"task": "glue/colla"}, "did you mean 'glue/cola'"),
+    ({"space": "mixx"}, "did you mean 'mix'"),
+    ({"budget": 0.0}, "budget 0.0 is not a positive number"),
+    ({"budget": 3.0}, "the smallest adds 384"),
+    ({"budget": 0.5}, "the whole space has 87,168"),
+    ({"data_dir": "/no/such/folder"}, "no folder '/no/such/folder'; give a data_dir"),
+    ({"backbone": "./my-model"}, "unknown backbone './my-model'"),
+    ({"backbone": "minlm"}, "did you mean 'minilm'"),
+])
+def test_names_and_folders_are_checked_before_a_kernel_starts(wrong, sentence):
+    check(FINE)
+    with pytest.raises((LookupError, ValueError, OSError), match=sentence):
+        check({**FINE, **wrong})
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["search", "--task", "agrement"], "unknown task 'agrement'; did you mean 'agreement'?"),
+    (["search", "--task", "agreement", "--space", "mixx"], "unknown search space 'mixx'"),
+    (["search", "--task", "agreement", "--budget", "-1"], "budget -1.0 is not a positive number"),
+    (["search", "--task", "agreement", "--data-dir", "gone"], "give a data_dir that exists"),
+    (["search", "--task", "agreement", "--set", "serch_steps=3"], "did you mean 'search_steps'"),
+    (["demo", "--set", "search_steps=many"], "search_steps is 'many', of type str; give int"),
+    (["demo", "--set", "search_steps"], "write --set name=value"),
+    (["report", "gone"], "no run folder 'gone'"),
+])
+def test_bad_input_is_one_sentence_and_leaves_nothing(invoke, tmp_path, words, sentence):
+    ended = invoke(*words)
+    assert ended.exit_code == 1 and ended.stdout == ""
+    assert ended.stderr.startswith("error: ") and sentence in ended.stderr
+    assert ended.stderr.count("\n") == 1 and "Traceback" not in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [
+    ["serch"], ["search"], ["demo", "--seed", "three"], ["demo", "--bugdet", "1"]])
+def test_a_command_that_cannot_be_read_ends_with_usage(invoke, words):
+    ended = invoke(*words)
+    assert ended.exit_code == 2 and "Usage" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_demo_lays_options_over_its_study_and_shows_what_came_out(tiny_template, invoke, tmp_path):
+    ended = invoke("demo", "--seed", "3", "--set", "lr=0.5")
+    assert ended.exit_code == 0, ended.stderr
+    (folder,) = (tmp_path / "reports" / "demo").iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["seed"], result["steps"], result["lr"]) == (3, 5, 0.5)
+    assert "searched" in ended.stdout and "4,540" in ended.stdout and "0.7500" in ended.stdout
+    assert ended.stdout.splitlines()[-1] == f"report: {folder.relative_to(tmp_path) / 'report.html'}"
+    assert (folder / "report.html").stat().st_size > 0
+
+    (folder / "report.html").unlink()
+    again = invoke("report", str(folder))
+    assert again.exit_code == 0 and (folder / "report.html").exists()
+
+
+def test_search_passes_its_options_on(tiny_template, invoke, tmp_path):
+    (tmp_path / "data").mkdir()
+    ended = invoke("search", "--task", "glue/cola", "--backbone", "some/model", "--budget", "25670",
+                   "--seed", "2", "--data-dir", "data", "--space", "lora", "--steps", "6",
+                   "--retrain-steps", "7", "--out", "out")
+    assert ended.exit_code == 0, ended.stderr
+    (folder,) = (tmp_path / "out" / "search").iterdir()
+    asked = json.loads((folder / "params.json").read_text())
+    assert asked == {"task": "glue/cola", "backbone": "some/model", "data_dir": str(tmp_path / "data"),
+                     "space": "lora", "budget": 25670.0, "order": "auto", "seed": 2, "search_steps": 6,
+                     "retrain_steps": 7, "lr": 1e-3}
+
+
+def test_a_failing_template_is_one_sentence_with_its_notebook(tiny_template, invoke, tmp_path):
+    ended = invoke("demo", "--set", "search_steps=13")
+    (folder,) = (tmp_path / "reports" / "demo").iterdir()
+    assert ended.exit_code == 1 and not (folder / "result.json").exists()
+    where = folder.relative_to(tmp_path) / "run.ipynb"
+    assert ended.stderr == f"error: FloatingPointError: the loss is NaN at step 13; lower lr (see {where})\n"
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_its_log(invoke, tmp_path):
+    short = ["search_lr=1e30", "n_train=32", "n_eval=16", "batch_size=8", "evaluate_every=1"]
+    ended = invoke("search", "--task", "agreement", "--budget", "2e-4", "--steps", "4",
+                   *[word for setting in short for word in ("--set", setting)])
+    (folder,) = (tmp_path / "reports" / "search").iterdir()
+    assert ended.exit_code == 1 and "Traceback" not in ended.stderr
+    assert "search stopped at step" in ended.stderr.splitlines()[-1]
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert records[-1]["event"] == "stopped" and records[-1]["step"] == 1 + sum(
+        record["event"] == "step" for record in records)
+    assert not (folder / "result.json").exists()
+
+
+def test_the_closing_table_fits_eighty_columns(capsys):
+    from rich.console import Console
+
+    rows = [{**ROW, "label": label} for label in ("searched", "random-1", "lora-r1")]
+    rows[2] |= {"n_params": 12_345_678, "modules": 1234, "test": None}
+    result = {"task": "superglue/multirc", "metric": "accuracy", "budget": 102_458, "n_backbone": 737_668_096}
+    Console(width=80, force_jupyter=False).print(closing_table({**result, "rows": rows}))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+    shown = [line.split("│")[1].strip() for line in lines if "│" in line]
+    assert shown == ["searched", "random-1", "lora-r1"]
+
+
+def test_help_imports_nothing_heavy():
+    code = ("import sys\nfrom s3pet_nb.cli import main\nsys.argv = ['s3pet', '--help']\n"
+            "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+            "print(sorted({'torch', 'papermill', 'plotly', 'pandas', 'transformers'} & set(sys.modules)))")
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "search" in shown and shown.splitlines()[-1] == "[]"
+
+
+def test_help_fits_eighty_columns_and_names_every_option(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = subprocess.run([*S3PET, "search", "--help"], capture_output=True, text=True, check=True).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    for name in "task", "backbone", "budget", "seed", "data-dir", "space", "steps", "out", "set":
+        assert f"--{name}" in shown

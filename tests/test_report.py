@@ -1,0 +1,245 @@
+"""The report and the index: text in the test process, pictures in a real browser."""
+
+import os
+import re
+import shutil
+
+import nbformat
+import pytest
+from plotly.offline import get_plotlyjs
+from synthetic import N_FIGURES, execute_notebook, make_run
+
+from s3pet_nb.report import command, index, report, static_notebook
+from s3pet_nb.store import Run
+
+CHROMIUM = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("reports"), study="search", task=EVIL)
+    execute_notebook(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(run):
+    "The same run, its notebook stopped by a fault in the fourth figure, as the executor leaves it."
+    other = Run.create(run.folder.parent.parent, "stopped", run.params, "code")
+    for name in "log.jsonl", "structure.json", "result.json":
+        shutil.copy(run.folder / name, other.folder)
+    notebook = nbformat.read(run.folder / "run.ipynb", as_version=4)
+    at = next(
+        k
+        for k, cell in enumerate(notebook.cells)
+        if "plot_loss(run)" in cell.source and "show" in cell.source
+    )
+    notebook.cells[at].outputs = [
+        nbformat.v4.new_output(
+            "error",
+            ename="ValueError",
+            evalue=f"loss is not a number at step 7 of {EVIL}\nlong story",
+            traceback=["a frame of the traceback", "\x1b[31mValueError\x1b[0m"],
+        )
+    ]
+    for cell in notebook.cells[at + 1 :]:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    banner = nbformat.v4.new_markdown_cell("a banner", metadata={"tags": ["papermill-error-cell-tag"]})
+    notebook.cells.insert(0, banner)
+    nbformat.write(notebook, other.folder / "run.ipynb")
+    return other
+
+
+def body_of(path):
+    "The page without plotly.js."
+    text, script = path.read_text(), get_plotlyjs()
+    assert text.count(script) == 1, "plotly.js is in the page once"
+    return text.replace(script, "")
+
+
+def test_page_holds_figures_tables_and_prose_and_points_nowhere(run):
+    path = report(run)
+    body = body_of(path)
+    assert path == run.folder / "report.html" and path.stat().st_size < 6e6
+    assert body.count("Plotly.newPlot(") == N_FIGURES and body.count('<table class="numbers">') == 3
+    assert "The searched structure, three random ones" in body
+    links = set(re.findall(r'(?:src|href)="([^"#][^"]*)"', body))
+    assert links == {"run.ipynb", "params.json", "log.jsonl", "structure.json", "result.json"}
+    assert "http://" not in body and "https://" not in body
+
+
+def test_page_drops_progress_bars_and_tagged_parts(run):
+    body = body_of(report(run))
+    for text in "progress bar", "removed cell", "removed output":
+        assert text not in body
+    assert "removed" in body, "the code of an output that is removed stays"
+
+
+def test_head_says_what_was_asked_and_how_to_ask_again(run):
+    body = body_of(report(run))
+    for text in (
+        "all-MiniLM-L6-v2",
+        "4,542 parameters",
+        "2.00e-04",
+        "mix, 110 candidates",
+        f"search/{run.id}",
+        "3.0 minutes, 1.8 GB",
+        "s3pet search --task",
+        "--budget 0.0002 --seed 0",
+    ):
+        assert text in body
+    assert command(make_run(run.folder.parent.parent, study="demo", steps=6, seed=3)) == "s3pet demo --seed 3"
+
+
+def test_names_cannot_become_markup(run, stopped):
+    report(stopped)
+    report(run)
+    for path in (report(run), report(stopped), index(run.folder.parent.parent)):
+        text = path.read_text().replace(get_plotlyjs(), "")
+        assert EVIL not in text and "&lt;script&gt;alert(1)" in text
+    assert "<title>&lt;script&gt;alert(1)" in report(run).read_text()
+
+
+def test_report_is_the_same_every_time_and_leaves_the_notebook_alone(run):
+    before = (run.folder / "run.ipynb").read_bytes()
+    first = re.sub(r'id="cell-id=[^"]*"', "", report(run).read_text())
+    assert first == re.sub(r'id="cell-id=[^"]*"', "", report(run.folder).read_text())
+    assert (run.folder / "run.ipynb").read_bytes() == before
+    assert not [name for name in os.listdir(run.folder) if name.endswith(".tmp")]
+
+
+def test_partial_report_says_so_and_keeps_what_was_drawn(stopped):
+    body = body_of(report(stopped))
+    assert body.count("Plotly.newPlot(") == 3
+    assert (
+        "This run stopped before its end: ValueError: loss is not a number at step 7 of &lt;script&gt;"
+        in body
+    )
+    assert "long story" not in body and "a frame of the traceback" not in body and "a banner" not in body
+    assert "Parameters and versions" not in body
+
+
+def test_widgets_and_scripts_of_other_kinds_are_dropped():
+    cell = nbformat.v4.new_code_cell(
+        "live",
+        outputs=[
+            nbformat.v4.new_output(
+                "display_data",
+                {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "FigureWidget"},
+            ),
+            nbformat.v4.new_output(
+                "display_data", {"application/javascript": "alert(1)", "text/plain": "kept"}
+            ),
+            nbformat.v4.new_output("stream", name="stdout", text="said"),
+        ],
+    )
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"state": {}}})
+    copy, error = static_notebook(notebook)
+    assert error is None and "widgets" not in copy.metadata and "widgets" in notebook.metadata
+    assert [output.get("data", output.get("text")) for output in copy.cells[0].outputs] == [
+        {"text/plain": "kept"},
+        "said",
+    ]
+
+
+def test_report_without_a_notebook_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="execute its notebook first"):
+        report(Run.create(tmp_path, "study", {}, ""))
+
+
+def test_index_lists_reports_with_scores_and_links(run, stopped):
+    report(run)
+    report(stopped)
+    text = index(run.folder.parent.parent).read_text()
+    for one in (run, stopped):
+        assert f'<a href="{one.study}/{one.id}/report.html">' in text
+    assert (
+        "<td>0.820</td>" in text and "<td>0.784 (0.766 to 0.802, 3)</td>" in text and "<td>0.748</td>" in text
+    )
+    assert "http" not in text and text.count("<tr>") == 3
+
+
+@pytest.fixture(scope="module")
+def browser():
+    executable = shutil.which("chromium")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        sync_playwright = None
+    if executable is None or sync_playwright is None:
+        reason = "no browser: install chromium from your system's packages and `pip install playwright`"
+        if os.environ.get("S3PET_REQUIRE_BROWSER") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=executable, args=CHROMIUM)
+        yield chromium
+        chromium.close()
+
+
+def visit(browser, path, width=1200, **settings):
+    "The open page, the addresses it asked for and everything it complained of."
+    page = browser.new_page(viewport={"width": width, "height": 900}, **settings)
+    asked, complaints = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+    page.goto(path.as_uri())
+    page.wait_for_load_state("networkidle")
+    return page, asked, complaints
+
+
+def n_drawn(page):
+    return page.locator(".js-plotly-plot:has(.main-svg)").count()
+
+
+@pytest.mark.parametrize("which, n_figures", [("run", N_FIGURES), ("stopped", 3)])
+def test_browser_draws_every_figure_and_asks_for_nothing(browser, request, which, n_figures):
+    path = report(request.getfixturevalue(which))
+    page, asked, complaints = visit(browser, path)
+    page.wait_for_function(f"document.querySelectorAll('.js-plotly-plot .main-svg').length >= {n_figures}")
+    assert n_drawn(page) == n_figures
+    assert asked == [path.as_uri()] and complaints == []
+    assert page.locator(".heatmaplayer image").count() == 1
+
+
+def test_browser_hides_the_code_until_it_is_asked_for(browser, run):
+    page, _, _ = visit(browser, report(run))
+    code = page.locator(".jp-CodeCell .highlight")
+    assert code.count() > 5 and not code.last.is_visible()
+    page.check("#show-code")
+    assert code.last.is_visible()
+    shown = [text for text in code.all_inner_texts() if text.strip().startswith("folder =")]
+    visible = [text for text in shown if page.get_by_text(text.strip(), exact=True).first.is_visible()]
+    assert len(shown) == 2 and len(visible) == 1 and str(run.folder) in visible[0]
+
+
+@pytest.mark.parametrize("width", [1200, 900, 420])
+def test_browser_clips_nothing(browser, run, width):
+    page, _, _ = visit(browser, report(run), width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for figure in page.locator(".plotly-graph-div").all():
+        box, svg = figure.bounding_box(), figure.locator(".main-svg").first.bounding_box()
+        assert svg["x"] >= box["x"] - 1 and svg["x"] + svg["width"] <= box["x"] + box["width"] + 1
+    if width == 1200:
+        assert page.evaluate("""[...document.querySelectorAll('table')].every(
+            table => table.offsetWidth <= table.parentElement.offsetWidth)""")
+
+
+def test_browser_opens_the_index_and_follows_its_link(browser, run):
+    report(run)
+    page, asked, complaints = visit(browser, index(run.folder.parent.parent))
+    assert len(asked) == 1 and complaints == []
+    page.get_by_role("link", name=run.id).first.click()
+    page.wait_for_selector(".js-plotly-plot .main-svg")
+    assert page.title().startswith(EVIL) and complaints == []

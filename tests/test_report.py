@@ -97,7 +97,8 @@ def test_head_says_what_was_asked_and_how_to_ask_again(run):
         "--budget 0.0002 --seed 0",
     ):
         assert text in body
-    assert command(make_run(run.folder.parent.parent, study="demo", steps=6, seed=3)) == "s3pet demo --seed 3"
+    demo = make_run(run.folder.parent.parent, study="demo", steps=6, seed=3, backbone="minilm", lr=0.5)
+    assert command(demo) == "s3pet demo --seed 3 --set lr=0.5"
 
 
 def test_names_cannot_become_markup(run, stopped):

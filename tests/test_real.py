@@ -1,0 +1,61 @@
+"The whole path on real rows and real weights: template, run folder, report; skipped where the data are not."
+import json
+import math
+from functools import partial
+
+import pytest
+
+from s3pet_nb.backbone import load_backbone
+from s3pet_nb.report import report
+from s3pet_nb.run import execute
+from s3pet_nb.search import SearchConfig, search
+from s3pet_nb.space import make_space
+from s3pet_nb.structure import Structure
+from s3pet_nb.task import TASKS, halves, loader, score
+from s3pet_nb.train import TrainConfig, retrain
+
+SHORT = {"search_steps": 3, "retrain_steps": 3, "evaluate_every": 2, "n_random": 1, "n_train": 64,
+         "n_eval": 32, "batch_size": 8, "max_length": 32}
+
+
+@pytest.mark.parametrize("task, head", [("glue/cola", 770), ("glue/stsb", 385)])
+def test_a_search_on_real_rows_ends_in_its_report(task, head, data_dir, tmp_path):
+    run = execute("search", {**SHORT, "task": task, "data_dir": str(data_dir), "budget": 1e-3}, tmp_path,
+                  "search")
+    result, structure = run.result, Structure.load(run.folder / "structure.json")
+    assert result["budget"] == int(1e-3 * result["n_backbone"]) >= structure.n_params
+    assert [row["label"] for row in result["rows"]] == ["searched", "random-1", "lora-r1"]
+    assert (result["rows"][0]["n_params"] == structure.n_params
+            and result["rows"][0]["modules"] == len(structure))
+    assert all(row["head_params"] == head and math.isfinite(row["test"]) for row in result["rows"])
+    assert result["search"]["passes"] == 2 * result["search"]["steps"] == 6
+    steps = [record for record in run.records() if record["event"] == "step" and record["phase"] == "search"]
+    assert all(record["expected_size"] <= result["budget"] for record in steps)
+    page = report(run).read_text(encoding="utf-8")
+    assert structure.modules[0].role in page and task in page
+
+
+def test_the_same_question_has_the_same_answer(data_dir, tmp_path):
+    asked = {**SHORT, "task": "superglue/cb", "data_dir": str(data_dir), "budget": 1e-3, "n_random": 0}
+    once, again = (execute("search", asked, tmp_path / name, "search") for name in ("once", "again"))
+    assert once.id == again.id
+    assert (once.folder / "structure.json").read_bytes() == (again.folder / "structure.json").read_bytes()
+    timeless = [[{**row, "seconds": 0} for row in run.result["rows"]] for run in (once, again)]
+    assert json.dumps(timeless[0]) == json.dumps(timeless[1])
+
+
+def test_a_pretrained_decoder_is_searched_and_trained(data_dir):
+    task = TASKS["glue/cola"]
+    model, tokenizer = load_backbone(data_dir / "backbones" / "stories260k-llama")
+    rows = task.load(data_dir).head(64, 32)
+    batches = partial(loader, task=task, tokenizer=tokenizer, batch_size=8, max_length=32)
+    half_delta, half_alpha = halves(rows.train, seed=0)
+    space = make_space(model, "mix")
+    result = search(model, space, batches(half_delta, seed=0), batches(half_alpha, seed=1),
+                    batches(rows.validation), budget=500, score=partial(score, task=task), order="second",
+                    callbacks=(), config=SearchConfig(steps=4, evaluate_every=2))
+    structure = result.structure(method="exact")
+    assert 0 < structure.n_params <= 500 and result.passes == 12
+    trained = retrain(model, structure, batches(rows.train, seed=0), batches(rows.validation),
+                      partial(score, task=task), TrainConfig(steps=4, evaluate_every=2), callbacks=())
+    assert trained.n_trained == structure.n_params and trained.n_head == 2 * model.config.hidden_size

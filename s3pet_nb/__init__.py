@@ -4,7 +4,7 @@
 - `s3pet_nb.backbone`: Any Hugging Face model as named positions, from one table row per family
 - `s3pet_nb.bilevel`: The gradient of the structural parameters through one step of the modules they gate
 - `s3pet_nb.budget`: Expected size of a search, and the shift of the gates that keeps it within the budget
-- `s3pet_nb.cli`: The commands: s3pet demo, search and report
+- `s3pet_nb.cli`: The commands: s3pet demo, search, study and report
 - `s3pet_nb.core`: A registry, seeding, counting: the small things that every other module leans on
 - `s3pet_nb.gate`: From structural parameters to activation probabilities and gate samples: alpha, p, z
 - `s3pet_nb.learner`: One training loop for searching and for training, and the callbacks that watch it

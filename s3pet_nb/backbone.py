@@ -320,6 +320,7 @@ def blueprint(
     labels = {"num_labels": 1 if head == "regress" else n_labels} if head in ("classify", "regress") else {}
     with _reading(name_or_path):
         config = AutoConfig.from_pretrained(_path(name_or_path), **labels)
+    config.name_or_path = str(name_or_path)  # the name that was asked for, not a folder of this machine
     with torch.device("meta"):
         if config.model_type not in FAMILIES:
             family_of(transformers.AutoModel.from_config(config))

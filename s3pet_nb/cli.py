@@ -1,4 +1,4 @@
-"""The commands: s3pet demo, search and report
+"""The commands: s3pet demo, search, study and report
 
 The commands are thin: a study with options laid over it, executed by `run.execute`, shown by `report.report`.
 
@@ -80,12 +80,22 @@ def check(
 ) -> None:
     "Refuse what cannot run: unknown names, missing folders, files or columns, a budget that nothing fits."
     from s3pet_nb.backbone import blueprint
+    from s3pet_nb.bilevel import ORDERS
     from s3pet_nb.budget import check_budget, resolve_budget
+    from s3pet_nb.core import UnknownName
     from s3pet_nb.space import SPACES, make_space
     from s3pet_nb.task import TASKS
 
     task = TASKS[params["task"]]
     SPACES[params["space"]]
+    if params["order"] not in ORDERS:
+        raise UnknownName("order of the hypergradient", params["order"], ORDERS)
+    for name in "search_steps", "retrain_steps", "evaluate_every":
+        if params[name] < 1:
+            raise ValueError(f"{name} is {params[name]}; give at least 1")
+    for name in "seed", "batch_size", "max_length", "n_random", "n_train", "n_eval":
+        if params[name] < 0:
+            raise ValueError(f"{name} is {params[name]}; give 0 or more")
     if params["data_dir"] and not Path(params["data_dir"]).is_dir():
         raise FileNotFoundError(f"no folder {params['data_dir']!r}; give a data_dir that exists")
     task.load(params["data_dir"] or None, params["seed"])
@@ -178,13 +188,17 @@ def study(
         from s3pet_nb.report import index, report
 
         asked, failed = run.study(name), 0
+        for point in run.expand(asked.grid):
+            check(run.resolve(asked.template, asked.params | point))
         for ended in run.run_grid(asked.template, asked.params, asked.grid, out, asked.name,
                                   stderr=sys.stderr):
             if isinstance(ended, run.RunFailed):
                 say(f"failed: {ended}")
                 failed += 1
-            else:
+            elif (ended.folder / "run.ipynb").exists():
                 say(f"report: {report(ended)}", stderr=False)
+            else:
+                say(f"done before, its notebook is not kept: {ended.folder}", stderr=False)
         index(out)
         if failed:
             raise ValueError(f"{failed} runs of study {asked.name!r} failed; "

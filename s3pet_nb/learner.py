@@ -21,7 +21,6 @@ from typing import Protocol
 
 import torch
 from accelerate import PartialState
-from torch import nn
 from tqdm import tqdm
 
 # %% ../nbs/api/11_learner.ipynb #11-learner-006
@@ -109,10 +108,10 @@ class Learner:
 
 # %% ../nbs/api/11_learner.ipynb #11-learner-017
 class Progress(Callback):
-    "A tqdm bar with the loss and the remaining time."
+    "A tqdm bar with the loss and the remaining time, as wide as the terminal."
 
     def before_fit(self, learner: Learner) -> None:
-        self.bar = tqdm(total=learner.n_steps, desc=learner.phase, mininterval=1.0, ncols=79)
+        self.bar = tqdm(total=learner.n_steps, desc=learner.phase, mininterval=1.0)
 
     def after_step(self, learner: Learner) -> None:
         self.bar.set_postfix_str(f"loss {learner.record['loss']:.3f}", refresh=False)
@@ -136,7 +135,7 @@ class Evaluate(Callback):
     def after_step(self, learner: Learner) -> None:
         if learner.step % self.every and learner.step < learner.n_steps and not learner.stop:
             return
-        score = self.score()
+        score = check_finite(score=self.score())["score"]
         if not self.scores or score >= max(self.scores.values()):
             self.best, self.best_step = self.snapshot(), learner.step
         self.scores[learner.step] = score
@@ -157,8 +156,7 @@ def pick_device(
 
 def to_device(
     batch: dict[str, torch.Tensor],
-    model: nn.Module,
+    device: torch.device,
 ) -> dict[str, torch.Tensor]:
     "The batch where the model is."
-    device = next(model.parameters()).device
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

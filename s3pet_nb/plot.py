@@ -111,8 +111,7 @@ def p_frame(
 
 # %% ../nbs/api/22_plot.ipynb #22-plot-019
 MODULE_LABELS = {"lora": "LoRA", "bitfit": "BitFit", "lnfit": "LNFit", "adapter": "Adapter",
-                 "adapter_lr": "low-rank Adapter", "low_rank_adapter": "low-rank Adapter",
-                 "parallel_adapter": "parallel Adapter"}
+                 "lowrank_adapter": "low-rank Adapter", "parallel_adapter": "parallel Adapter"}
 
 
 def _row(entry: Mapping) -> str:

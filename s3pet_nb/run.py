@@ -191,14 +191,19 @@ def execute(
     path = template(name_or_path)
     resolved = resolve(path, params)
     run = Run.create(root, study, resolved, _code(path))
+    if (run.folder / "running.ipynb").exists():  # it was killed, perhaps after its result
+        (run.folder / "result.json").unlink(missing_ok=True)
+        run = Run.create(root, study, resolved, _code(path))
     if run.done:
         return run
     for name in "error.json", "run.ipynb", "report.html":
         (run.folder / name).unlink(missing_ok=True)
     try:
         _run_notebook(path, run, resolved, stderr)
-    except (papermill.PapermillExecutionError, RuntimeError) as error:
+    except BaseException as error:
         (run.folder / "result.json").unlink(missing_ok=True)
+        if not isinstance(error, (papermill.PapermillExecutionError, RuntimeError)):
+            raise
         write_json(run.folder / "error.json", {"error": _cause(error)})
         raise RunFailed(_cause(error), run) from None
     finally:
@@ -274,6 +279,8 @@ def study(
         if key not in ("template", "params", "grid"):
             raise UnknownName(f"{path.stem} study key", key, ["template", "params", "grid"])
     found = Study(path.stem, content["template"], content.get("params") or {}, content.get("grid") or {})
+    if not (isinstance(found.template, str) and isinstance(found.params, dict) and isinstance(found.grid, dict)):
+        raise ValueError(f"{path} is no study; template is a name, params and grid are 'name: value' lines")
     for point in expand(found.grid):
         resolve(found.template, {**found.params, **point})
     return found

@@ -155,7 +155,7 @@ class SearchStep:
         return self.gated(**batch).loss
 
     def __call__(self, pair: tuple[dict[str, Tensor], dict[str, Tensor]]) -> dict[str, float]:
-        batch_delta, batch_alpha = (to_device(batch, self.gated.model) for batch in pair)
+        batch_delta, batch_alpha = (to_device(batch, self.gated.device) for batch in pair)
         u = torch.rand(len(self.gated.space), dtype=torch.float64, generator=self.generator)
         noise = int(torch.randint(2 ** 31, (), generator=self.generator))
         found = hypergrad(lambda: self.loss(batch_delta, u, noise), lambda: self.loss(batch_alpha, u, noise),
@@ -211,7 +211,7 @@ def negative_loss(
     loader: Iterable[dict[str, Tensor]],
 ) -> float:
     "Minus the mean loss over the batches of `loader`; a score where no metric is at hand."
-    losses = [model(**to_device(batch, model)).loss.item() for batch in loader]
+    losses = [model(**to_device(batch, model.device)).loss.item() for batch in loader]
     return -sum(losses) / len(losses)
 
 

@@ -30,7 +30,7 @@ from torch.nn.utils import parametrize
 
 from .backbone import Position, head_parameters, positions
 from .budget import expected_size
-from .core import Registry, UnknownName, n_params
+from .core import Registry, UnknownName, evaluating, n_params
 from .gate import ShiftedSigmoid
 from .pet import PET_MODULES
 
@@ -177,6 +177,11 @@ class GatedModel(nn.Module):
         return self.model(*args, **kwargs)
 
     @property
+    def device(self) -> torch.device:
+        "Where the backbone is; alpha stays on the CPU."
+        return self.model.device
+
+    @property
     def p(self) -> Tensor:
         "Gate probabilities, (N,) float64, differentiable in alpha."
         return self.gate.p(self.alpha, self.zeta)
@@ -288,7 +293,7 @@ def _wire(gated: GatedModel, undo: ExitStack) -> None:
 def _freeze(model: transformers.PreTrainedModel, undo: ExitStack) -> None:
     "Only the head requires a gradient; it, and the training mode, are put back on exit."
     head = head_parameters(model)
-    undo.callback(model.train, model.training)
+    undo.enter_context(evaluating(model))
     for name, weight in model.named_parameters():
         undo.callback(weight.requires_grad_, weight.requires_grad)
         weight.requires_grad_(name in head)
@@ -304,9 +309,11 @@ def attach(
     seed: int = 0,  # of the modules' initial weights
 ) -> Iterator[GatedModel]:
     "Attach every candidate of `space` to `model`; on exit the model is bit for bit what it was."
-    if any(parametrize.is_parametrized(module) for module in model.modules()):
+    if getattr(model, "carries_pet", False):
         raise ValueError("this model carries PET modules already; leave the other `with attach(...)` first")
     with ExitStack() as undo:
+        model.carries_pet = True
+        undo.callback(delattr, model, "carries_pet")
         _freeze(model, undo)
         gated = GatedModel(model, space, gate, seed)
         _wire(gated, undo)

@@ -3,13 +3,13 @@
 A run is a folder, `reports/<study>/<run-id>/`, and nothing else remembers it. It holds
 
 - `params.json`, what was asked for, every value resolved;
-- `log.jsonl`, what happened, one flat JSON record a line, written as it happens;
+- `log.jsonl`, what happened, one JSON record a line, written as it happens;
 - `structure.json`, the structure that was found (written by `Structure.save`);
 - `result.json`, the numbers, written last: a run that has it is done;
 - `run.ipynb` and `report.html`, the executed notebook and the page made of it.
 
 The run id is a hash of the resolved parameters, the text of the template and the version of the library.
-The same question has the same folder, on every machine, so asking twice does not compute twice.
+The same question has the same folder, so asking twice does not compute twice.
 
 Whole files are written beside their place and moved there, so that a reader never meets half a file. JSON
 has no word for "not a number": a float that is NaN or infinite is written as null and read back as None.

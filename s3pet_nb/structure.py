@@ -17,6 +17,7 @@ __all__ = ['METHODS', 'SCHEMA', 'TYPES', 'select', 'Kept', 'Structure', 'kept_sp
 
 # %% ../nbs/api/07_structure.ipynb #07-structure-003
 import html
+import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from . import __version__
-from .backbone import positions
+from .backbone import Position, positions
 from .budget import check_budget
 from .core import UnknownName, n_params, write_text
 from .pet import PET_MODULES
@@ -203,6 +204,10 @@ def _kept(found: object) -> Kept:
     kept = Kept(**_typed(found, [field.name for field in fields(Kept)]))
     if kept.module not in PET_MODULES:
         raise ValueError(str(UnknownName("PET module", kept.module, PET_MODULES)))
+    known = inspect.signature(PET_MODULES[kept.module]).parameters
+    for name in kept.settings:
+        if name not in known or name == "position":
+            raise ValueError(str(UnknownName(f"setting of {kept.module}", name, known)))
     if kept.n < 1 or not (kept.p is None or 0 <= kept.p <= 1):
         raise ValueError(f"n = {kept.n} and p = {kept.p} at {kept.path}; "
                          "n counts from 1, p is between 0 and 1")
@@ -219,6 +224,11 @@ def _checked(found: object) -> Structure:
     return Structure(tuple(_kept(line) for line in found["modules"]), **head)
 
 # %% ../nbs/api/07_structure.ipynb #07-structure-017
+def _fits(kept: Kept, place: Position) -> bool:
+    kind = PET_MODULES[kept.module]
+    return place.kind in kind.kinds and kind.size(place, **kept.settings) == kept.n
+
+
 def kept_space(
     model: transformers.PreTrainedModel,
     structure: Structure,  # found on this model or on one of the same shape
@@ -228,7 +238,7 @@ def kept_space(
     candidates = []
     for kept in structure.modules:
         place = places.get((kept.stack, kept.layer, kept.role))
-        if place is None or PET_MODULES[kept.module].size(place, **kept.settings) != kept.n:
+        if place is None or not _fits(kept, place):
             raise ValueError(f"{kept.module} at {kept.path} of {structure.backbone} has no place of its size "
                              f"in this {model.config.model_type} model")
         candidates.append(Candidate(place, kept.module, kept.settings, kept.n))

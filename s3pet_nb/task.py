@@ -175,7 +175,7 @@ def read_hub(task: "Task") -> list[Dataset]:
     except Exception as reason:
         raise FileNotFoundError(
             f"{task.name} could not be read from the hub as {task.hub!r}, {task.config!r} "
-            f"({type(reason).__name__}: {str(reason).splitlines()[0]}); "
+            f"({type(reason).__name__}: {(str(reason).splitlines() or ['no reason given'])[0]}); "
             f"give a folder that holds {task.layout} by --data-dir (data_dir in Python)") from reason
 
 # %% ../nbs/api/10_task.ipynb #10-task-019
@@ -340,7 +340,7 @@ def score(
     task: Task,
 ) -> float:
     "The task's metric over all `batches`."
-    device = next(model.parameters()).device
+    device = model.device
     labels, predictions = [], []
     with evaluating(model):
         for batch in batches:

@@ -46,7 +46,7 @@ class TrainResult:
     "The weights that scored best on validation data, and how they came about."
 
     tensors: dict[str, Tensor]  # trained weights by name, on the CPU
-    n_trained: int  # parameters that were trained, without the head
+    n_trained: int  # parameters that were trained, without a structure's head
     n_head: int  # parameters of the head
     steps: int
     best_step: int  # where the weights were taken
@@ -68,7 +68,7 @@ def _fit(model: nn.Module, weights: dict[str, nn.Parameter], loader: Iterable, l
     stepper = Stepper(weights.values(), config.lr, config.clip, config.steps)
 
     def take_step(batch: dict[str, Tensor]) -> dict[str, float]:
-        loss = model(**to_device(batch, model)).loss
+        loss = model(**to_device(batch, model.device)).loss
         numbers = check_finite(loss=loss.item())
         stepper.step(torch.autograd.grad(loss, stepper.weights, materialize_grads=True))
         return numbers
@@ -121,11 +121,10 @@ def finetune(
     "Train every weight of `model`; `result.tensors` are the whole trained weights."
     weights = dict(model.named_parameters())
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    training = model.training
     try:
-        return _fit(model, weights, loader, loader_val, score, config, label, callbacks, log)
+        with evaluating(model):
+            return _fit(model, weights, loader, loader_val, score, config, label, callbacks, log)
     finally:
-        model.train(training)
         for name, weight in weights.items():
             weight.data.copy_(before[name])
 

@@ -46,7 +46,7 @@ def candidates(stacks: dict[str, int], d: int = 384) -> list[dict]:
                 candidate(stack, layer, role, "linear", "bitfit", b * d) for role, (a, b) in LINEAR.items()
             ]
             found += [
-                candidate(stack, layer, role, "block", "adapter_lr", 3 * d + 96) for role in ("attn", "ffn")
+                candidate(stack, layer, role, "block", "lowrank_adapter", 3 * d + 96) for role in ("attn", "ffn")
             ]
         for module in "bitfit", "lnfit":
             found += [candidate(stack, layer, role, "norm", module, d) for layer, role in norms]

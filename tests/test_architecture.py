@@ -18,7 +18,8 @@ LAB = ("plotly", "IPython", "papermill", "nbconvert", "ipywidgets", "jupyter_cli
 def imported(module: str) -> set[str]:
     "Names of this library's modules that `module` imports, at any depth of its code."
     tree = ast.parse((ROOT / "s3pet_nb" / f"{module}.py").read_text(encoding="utf-8"))
-    found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+    found = {node.module.removeprefix("s3pet_nb.") for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+             and node.module and (node.level == 1 or node.module.startswith("s3pet_nb."))}
     plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
              and node.module in (None, "s3pet_nb") for alias in node.names if alias.name in FLOOR}
     return {name for name in found if name} | plain
@@ -52,7 +53,8 @@ def test_a_notebook_is_a_page(path):
     assert not long
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *sorted((ROOT / "reports").glob("*/*/*.json"))],
+                         ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_no_path_of_one_machine(path):
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"(?<![\w.])/(home|root|work|tmp|Users)/\w", text)

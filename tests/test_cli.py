@@ -8,10 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from s3pet_nb.cli import app, assignments, check, closing_table
+from s3pet_nb.run import resolve
 
 S3PET = [sys.executable, "-c", "from s3pet_nb.cli import main; main()"]
-FINE = {"task": "agreement", "space": "mix", "budget": 2e-4, "data_dir": None, "backbone": "minilm",
-        "seed": 0}
+FINE = resolve("search", {})
 ROW = {"label": "searched", "modules": 9, "n_params": 4540, "validation": 0.8, "test": 0.75}
 
 
@@ -72,6 +72,9 @@ def test_a_value_is_never_executed(tmp_path):
     ({"data_dir": "/no/such/folder"}, "no folder '/no/such/folder'; give a data_dir"),
     ({"backbone": "./my-model"}, "unknown backbone './my-model'"),
     ({"backbone": "minlm"}, "did you mean 'minilm'"),
+    ({"order": "frist"}, "did you mean 'first'"),
+    ({"evaluate_every": 0}, "evaluate_every is 0; give at least 1"),
+    ({"n_train": -1}, "n_train is -1; give 0 or more"),
 ])
 def test_names_and_folders_are_checked_before_a_kernel_starts(wrong, sentence):
     check(FINE)

@@ -129,6 +129,7 @@ def test_an_old_python_is_refused_in_one_sentence(tmp_path, version, starts):
 @pytest.mark.parametrize("path, ignored", [
     ("reports/study/0a1b2c3d4e/result.json", False),
     ("reports/study/0a1b2c3d4e/structure.json", False),
+    ("reports/study/0a1b2c3d4e/params.json", False),
     ("reports/study/0a1b2c3d4e/report.html", True),
     ("reports/study/0a1b2c3d4e/run.ipynb", True),
     ("reports/study/0a1b2c3d4e/log.jsonl", True),

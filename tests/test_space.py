@@ -178,7 +178,7 @@ def test_the_mixed_term_of_a_real_search_step(family):
     with attach(model, space) as gated, torch.random.fork_rng():
         gated.double().train()
         for weight in gated.trainable().values():
-            nn.init.normal_(weight, std=0.05)
+            nn.init.normal_(weight, std=0.1)
         gated.meet(space.n_params // 4)
         step = SearchStep(gated, space.n_params // 4, "exact", SearchConfig())
         u = torch.rand(len(space), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -187,10 +187,9 @@ def test_the_mixed_term_of_a_real_search_step(family):
                                   step.delta, gated.alpha, xi=0.01, order=order)
                  for order in ("second", "central", "exact")}
     mixed = {order: hyper.mixed for order, hyper in found.items()}
-    scale = mixed["exact"].norm()
-    assert scale > 0
-    assert (mixed["central"] - mixed["exact"]).norm() / scale < 0.05
-    assert (mixed["second"] - mixed["exact"]).norm() / scale < 0.1
+    assert mixed["exact"].norm() > 0
+    assert torch.cosine_similarity(mixed["central"], mixed["exact"], dim=0) > 0.99
+    assert torch.cosine_similarity(mixed["second"], mixed["exact"], dim=0) > 0.9
 
 
 def test_the_noise_of_a_step_is_the_same_in_all_its_passes():

@@ -279,7 +279,8 @@ def study(
         if key not in ("template", "params", "grid"):
             raise UnknownName(f"{path.stem} study key", key, ["template", "params", "grid"])
     found = Study(path.stem, content["template"], content.get("params") or {}, content.get("grid") or {})
-    if not (isinstance(found.template, str) and isinstance(found.params, dict) and isinstance(found.grid, dict)):
+    parts = (found.template, str), (found.params, dict), (found.grid, dict)
+    if not all(isinstance(part, kind) for part, kind in parts):
         raise ValueError(f"{path} is no study; template is a name, params and grid are 'name: value' lines")
     for point in expand(found.grid):
         resolve(found.template, {**found.params, **point})

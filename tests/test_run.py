@@ -242,3 +242,20 @@ def test_relative_paths_mean_the_callers_folder(tmp_path, monkeypatch):
     write_template(tmp_path / "where.ipynb", "import os\n" + STORE + answer)
     run = execute("where.ipynb", {}, "reports", "s")
     assert run.result["cwd"] == os.getcwd() == str(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["template: 5", "template: MEASURE\nparams: [1]", "template: MEASURE\ngrid: [1]"])
+def test_a_file_of_other_shapes_is_no_study(tmp_path, measure, text):
+    path = tmp_path / "odd.yml"
+    path.write_text(text.replace("MEASURE", str(measure)))
+    with pytest.raises(ValueError, match="is no study"):
+        study(path)
+
+
+def test_a_run_that_was_killed_after_its_result_starts_again(tmp_path, measure):
+    run = execute(measure, {}, tmp_path / "reports", "late")
+    (run.folder / "run.ipynb").rename(run.folder / "running.ipynb")
+    (run.folder / "result.json").write_text('{"stale": true}')
+    again = execute(measure, {}, tmp_path / "reports", "late")
+    assert again.folder == run.folder and "stale" not in again.result
+    assert (again.folder / "run.ipynb").exists() and not (again.folder / "running.ipynb").exists()

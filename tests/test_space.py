@@ -7,9 +7,10 @@ from torch.nn.utils import parametrize
 
 from s3pet_nb.backbone import FAMILIES, example_batch, load_backbone, positions, tiny
 from s3pet_nb.bilevel import hypergrad
+from s3pet_nb.gate import ShiftedSigmoid
 from s3pet_nb.pet import PET_MODULES
 from s3pet_nb.search import SearchConfig, SearchStep
-from s3pet_nb.space import ROLES, SPACES, Rule, attach, make_space
+from s3pet_nb.space import ROLES, SPACES, GatedModel, Rule, attach, make_space
 
 HEAD = {"t5": "seq2seq"}
 EVERYTHING = tuple(Rule(name, ROLES) for name in PET_MODULES)
@@ -77,12 +78,33 @@ def test_an_error_inside_leaves_the_model_as_it_was(family):
     assert model.training and all(weight.requires_grad for weight in model.parameters())
 
 
-def test_two_spaces_cannot_be_attached_at_once():
+@pytest.mark.parametrize("name", SPACES)
+def test_two_spaces_cannot_be_attached_at_once(name):
     model = tiny("bert")
-    with attach(model, make_space(model)):
+    space = make_space(model, name)
+    with attach(model, space):
         with pytest.raises(ValueError, match="carries PET modules already"):
-            with attach(model, make_space(model)):
+            with attach(model, space):
                 pass
+    with attach(model, space) as gated:
+        assert gated.device == model.device
+
+
+def test_every_part_has_its_own_training_mode_again():
+    model = tiny("bert").train()
+    model.bert.embeddings.eval()
+    modes = [part.training for part in model.modules()]
+    with attach(model, make_space(model)) as gated:
+        gated.train()
+    assert [part.training for part in model.modules()] == modes
+
+
+def test_batches_go_where_the_backbone_is_and_alpha_stays_on_the_cpu():
+    with torch.device("meta"):
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2))
+    gated = GatedModel(model, make_space(model), ShiftedSigmoid(), seed=0)
+    assert (gated.device.type, gated.alpha.device.type, gated.open[0].device.type) == ("meta", "cpu", "meta")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -320,7 +320,7 @@ def blueprint(
     labels = {"num_labels": 1 if head == "regress" else n_labels} if head in ("classify", "regress") else {}
     with _reading(name_or_path):
         config = AutoConfig.from_pretrained(_path(name_or_path), **labels)
-    config.name_or_path = str(name_or_path)  # the name that was asked for, not a folder of this machine
+    config.name_or_path = str(name_or_path)
     with torch.device("meta"):
         if config.model_type not in FAMILIES:
             family_of(transformers.AutoModel.from_config(config))
@@ -344,4 +344,5 @@ def load_backbone(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.name_or_path = str(name_or_path)  # what was asked for, not a folder of this machine
     return model.eval(), tokenizer

@@ -32,7 +32,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from .core import Registry, UnknownName, n_params
+from .core import Registry, UnknownName
 
 # %% ../nbs/api/01_backbone.ipynb #01-backbone-006
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 "Budgets as counts, and the shift that meets them: numbers, limits, and a second solver."
 
 import math
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import numpy as np
@@ -127,6 +128,26 @@ def test_expected_size_never_passes_the_budget_and_reaches_it(exponent, tau):
             assert max(reached, other) <= B
 
 
+def in_forty_digits(alpha, n, zeta, tau):
+    "E[N] for exactly these floats."
+    with localcontext() as context:
+        context.prec, context.Emin = 40, -999_999
+        zeta, tau = Decimal(zeta), Decimal(tau)
+        gates = (1 / (1 + ((zeta - Decimal(a)) / tau).exp()) for a in alpha.tolist())
+        return sum(gate * int(n_i) for gate, n_i in zip(gates, n))
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0, 1e3])
+def test_the_budget_is_met_in_forty_digits(spread, tau):
+    rng = np.random.default_rng([int(spread), int(tau * 100)])
+    for alpha in (rng.uniform(-spread, spread, size=300), rng.choice([-spread, 0.0, spread], size=300)):
+        n = np.floor(10 ** rng.uniform(0, 6, size=300))
+        for B in (int(n.min()), int(n.sum()) // 50, int(n.sum()) - 1):
+            reached = in_forty_digits(alpha, n, solve_zeta(alpha, n, B, tau), tau)
+            assert B * (1 - Decimal("1e-9")) < reached <= B
+
+
 @pytest.mark.parametrize("spread", [0.0, 1.0, 1e3])
 def test_a_million_candidates_of_sizes_over_six_orders(spread):
     rng = np.random.default_rng(int(spread))
@@ -137,6 +158,7 @@ def test_a_million_candidates_of_sizes_over_six_orders(spread):
         in_any_order = [expected_size(p, n), np.cumsum(p * n)[-1], p @ n, np.cumsum((p * n)[::-1])[-1]]
         assert max(in_any_order) <= B
         assert min(in_any_order) > B * (1 - 1e-9)
+        assert B * (1 - 1e-9) < math.fsum(p * n) <= B
 
 
 def test_where_one_ulp_of_zeta_is_coarse_the_budget_still_holds():
@@ -146,6 +168,18 @@ def test_where_one_ulp_of_zeta_is_coarse_the_budget_still_holds():
         for B in (100, 150, 250, 599):
             zeta = solve_zeta(alpha, n, B, tau)
             assert expected_size(expit((alpha - zeta) / tau), n) <= B
+
+
+@pytest.mark.parametrize("place", [-1e3, 0.0, 1e3])
+@pytest.mark.parametrize("tau", [1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12, 1e-14, 1e-16, 1e-18])
+def test_what_is_left_of_the_budget_is_a_few_steps_of_zeta(place, tau):
+    alpha, n = np.full(1_000, place), np.full(1_000, 384)
+    step = np.spacing(1e3) / tau if place else 1e-10
+    for B in (384, 38_400, 200_000, 383_999):
+        zeta = solve_zeta(alpha, n, B, tau)
+        reached = expected_size(expit((alpha - zeta) / tau), n)
+        assert reached <= B
+        assert 1 - reached / B < max(1e-10, 20 * step)
 
 
 def test_alpha_zero_gives_uniform_probabilities():
@@ -164,7 +198,7 @@ def test_a_shift_of_alpha_shifts_zeta_and_more_budget_lowers_it():
 def test_with_the_whole_space_in_the_budget_every_gate_is_open(more):
     alpha = np.random.default_rng(4).normal(size=916) * 100
     zeta = solve_zeta(alpha, MIX, int(MIX.sum()) + more)
-    assert zeta == alpha.min() - 60
+    assert zeta == pytest.approx(alpha.min() - 60, rel=1e-15)
     assert (expit(alpha - zeta) == 1).all()
     assert expected_size(expit(alpha - zeta), MIX) == MIX.sum()
 

@@ -1,14 +1,21 @@
 "The hypergradient: closed forms, autograd through the whole virtual step, and what it must leave alone."
 
+import json
+import math
+import weakref
+
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import Parameter
 
-from s3pet_nb.bilevel import ORDERS, hypergrad, hvp_exact, hvp_fd, moved
+from s3pet_nb import bilevel
+from s3pet_nb.backbone import example_batch, tiny
+from s3pet_nb.bilevel import ORDERS, Auto, Hypergradient, accumulate, hypergrad, hvp_exact, hvp_fd, moved
 from s3pet_nb.core import UnknownName
 from s3pet_nb.gate import ShiftedSigmoid
+from s3pet_nb.space import attach, make_space
 
 MIXED_ORDERS = [order for order in ORDERS if order != "first"]
 
@@ -111,13 +118,20 @@ class Problem:
         self.trained = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
         self.delta = list(self.trained.values())
 
-    def loss(self, half, weights):
+    def loss(self, half, weights, rows=slice(None)):
         z = self.gate.z(self.gate.p(self.alpha, self.zeta), self.u)
-        return (functional_call(self.net, weights, (self.X[half], z)) - self.Y[half]).square().mean()
+        out = functional_call(self.net, weights, (self.X[half, rows], z))
+        return (out - self.Y[half, rows]).square().sum() / self.Y[half].numel()
 
-    def hypergrad(self, order, delta=None):
-        losses = (lambda: self.loss(0, {}), lambda: self.loss(1, {}))
-        return hypergrad(*losses, delta or self.delta, self.alpha, self.xi, order)
+    def parts(self, half, cuts):
+        for start, end in zip([0, *cuts], [*cuts, 16]):
+            yield self.loss(half, {}, slice(start, end))
+
+    def hypergrad(self, order, delta=None, cuts=None, **more):
+        def losses(half):
+            return lambda: self.loss(half, {}) if cuts is None else self.parts(half, cuts)
+
+        return hypergrad(losses(0), losses(1), delta or self.delta, self.alpha, self.xi, order, **more)
 
     def through_the_step(self, keep_graph):
         "grad_alpha L_alpha with the virtual step inside the graph, or with its result as a constant."
@@ -141,7 +155,8 @@ def test_a_gated_network_against_autograd_through_the_whole_step(seed):
     for order, tolerance in (("exact", 1e-9), ("central", 1e-3), ("second", 5e-2)):
         result = problem.hypergrad(order)
         assert relative(result.mixed, mixed) < tolerance
-        assert torch.equal(result.alpha_grad, first.alpha_grad - result.mixed)
+        assert torch.equal(result.direct, first.direct)
+        assert torch.equal(result.alpha_grad, first.direct - result.mixed)
     assert relative(problem.hypergrad("exact").alpha_grad, total) < 1e-11
 
 
@@ -153,6 +168,213 @@ def test_the_central_difference_is_nearer_than_the_one_sided():
         near.append(relative(problem.hypergrad("central").mixed, exact)
                     < relative(problem.hypergrad("second").mixed, exact) / 10)
     assert all(near)
+
+
+class Transformer:
+    "A tiny model with every candidate of the Mix space, in float64, away from its start."
+
+    xi = 0.01
+
+    def __init__(self, gated):
+        self.gated, draw = gated, torch.Generator().manual_seed(0)
+        gated.pets.double()
+        with torch.no_grad():
+            for weight in gated.pets.parameters():
+                weight += 0.02 * torch.randn(weight.shape, generator=draw)
+            gated.alpha += torch.randn(len(gated.alpha), generator=draw)
+        gated.meet(int(gated.n.sum() * 0.2))
+        self.u = torch.rand(len(gated.alpha), dtype=torch.float64, generator=draw)
+        self.batches = [example_batch(gated.model, 8, 10, seed) for seed in range(2)]
+        self.trained = {name: weight for name, weight in gated.named_parameters()
+                        if weight.requires_grad and weight is not gated.alpha}
+
+    def loss(self, half, weights):
+        self.gated.sample(self.u)
+        return functional_call(self.gated, weights, kwargs=self.batches[half]).loss
+
+    def hypergrad(self, order, **more):
+        return hypergrad(lambda: self.loss(0, {}), lambda: self.loss(1, {}), list(self.trained.values()),
+                         self.gated.alpha, self.xi, order, **more)
+
+    def through_the_step(self):
+        "grad_alpha L_alpha with the virtual step inside the graph."
+        delta = list(self.trained.values())
+        gradients = torch.autograd.grad(self.loss(0, self.trained), delta, create_graph=True)
+        virtual = {name: d - self.xi * g for (name, d), g in zip(self.trained.items(), gradients)}
+        return torch.autograd.grad(self.loss(1, virtual), self.gated.alpha)[0]
+
+
+@pytest.fixture(params=["bert", "gpt2", "llama"])
+def transformer(request):
+    calm = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0) if request.param == "bert" else {}
+    model = tiny(request.param, attn_implementation="eager", **calm).double()
+    with attach(model, make_space(model)) as gated:
+        yield Transformer(gated)
+
+
+def check_the_differences(problem, radius, second, central):
+    "Both differences are within these bounds of the exact mixed term, relative to it."
+    exact = problem.hypergrad("exact").mixed
+    assert exact.norm() > 0
+    for order, bound in (("second", second), ("central", central)):
+        assert relative(problem.hypergrad(order, radius=radius).mixed, exact) < bound
+
+
+def test_the_orders_agree_on_a_transformer(transformer):
+    check_the_differences(transformer, 1e-2, second=0.5, central=0.1)
+    check_the_differences(transformer, 1e-3, second=0.05, central=2e-3)
+
+
+def test_the_exact_order_is_autograd_through_the_whole_step_of_a_transformer(transformer):
+    "The gates of a model are float32, hence the bound."
+    found, total = transformer.hypergrad("exact"), transformer.through_the_step()
+    assert found.share > 1e-3
+    assert relative(found.alpha_grad, total) < 1e-6
+    assert relative(found.mixed, found.direct - total) < 1e-3
+
+
+def multiplied(loss, delta, alpha, v, eps, start=None, reduce=bilevel.alone):
+    "The slip: a difference of slopes times the length of the move."
+    return hvp_fd(loss, delta, alpha, v, eps, start, reduce) * eps ** 2
+
+
+class QuadraticProblem:
+    def hypergrad(self, order, **more):
+        q = Quadratic()
+        return hypergrad(q.loss_delta, q.loss_alpha, [q.d], q.a, q.xi, order, **more)
+
+
+def check_is_caught(problem, monkeypatch):
+    check_the_differences(problem, 1e-3, second=0.05, central=2e-3)
+    monkeypatch.setattr(bilevel, "hvp_fd", multiplied)
+    for order in ("second", "central"):
+        found, exact = problem.hypergrad(order), problem.hypergrad("exact")
+        assert relative(found.mixed, exact.mixed) > 0.9
+    with pytest.raises(AssertionError):
+        check_the_differences(problem, 1e-3, second=0.05, central=2e-3)
+
+
+@pytest.mark.parametrize("problem", [QuadraticProblem, lambda: Problem(0), lambda: Problem(1)])
+def test_multiplying_by_eps_where_one_must_divide_is_caught(problem, monkeypatch):
+    check_is_caught(problem(), monkeypatch)
+
+
+def test_multiplying_by_eps_is_caught_on_a_transformer(transformer, monkeypatch):
+    check_is_caught(transformer, monkeypatch)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("cuts", [[], [8], [1, 5, 11]])
+def test_a_loss_in_parts_is_the_whole_loss(order, cuts):
+    for seed in range(3):
+        problem = Problem(seed)
+        whole, in_parts = problem.hypergrad(order), problem.hypergrad(order, cuts=cuts)
+        assert relative(in_parts.direct, whole.direct) < 1e-12
+        for one, other in zip(in_parts.delta_grads, whole.delta_grads, strict=True):
+            assert relative(one, other) < 1e-12
+        assert in_parts.loss_delta == pytest.approx(whole.loss_delta, rel=1e-12)
+        assert in_parts.loss_alpha == pytest.approx(whole.loss_alpha, rel=1e-12)
+        assert in_parts.passes == whole.passes == ORDERS[order]
+        if order != "first":  # a difference of slopes is divided by a small move, and so is its rounding
+            assert relative(in_parts.mixed, whole.mixed) < (1e-12 if order == "exact" else 1e-9)
+            assert relative(in_parts.alpha_grad, whole.alpha_grad) < 1e-12
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_graph_is_alive_at_a_time(order):
+    d, a, saved, most = real([0.3, -0.7]), real([0.2, 0.5]), [], [0]
+
+    def part(x):
+        hidden = a * d * x  # kept by the graph for the slope of its square
+        saved.append(weakref.ref(hidden))
+        return hidden.square().sum()
+
+    def parts():
+        for x in (1.0, 2.0, 3.0):
+            most[0] = max(most[0], sum(hidden() is not None for hidden in saved))
+            yield part(x)
+        most[0] = max(most[0], sum(hidden() is not None for hidden in saved))
+
+    hypergrad(parts, parts, [d], a, 0.1, order)
+    assert len(saved) == 3 * ORDERS[order]
+    assert most == [0]
+    assert accumulate(lambda: list(parts()), lambda part: torch.autograd.grad(part, [d]))
+    assert most == [3]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_loss_without_parts_is_refused(order):
+    q = Quadratic()
+    with pytest.raises(ValueError, match="no parts"):
+        hypergrad(lambda: [], q.loss_alpha, [q.d], q.a, q.xi, order)
+    with pytest.raises(ValueError, match="no parts"):
+        hypergrad(q.loss_delta, lambda: iter([]), [q.d], q.a, q.xi, order)
+    assert q.d.item() == 0.7
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_gradients_averaged_over_two_halves_are_those_of_the_mean_loss(order):
+    "Two processes in one: each list of gradients is averaged with the other's before anything is made of it."
+    problem, seen = Problem(5), []
+    halves = [slice(0, 8), slice(8, 16)]
+
+    def gradient_lists(rows, others):
+        "The lists that one process makes, given the averages of the lists before."
+        turn = iter(others)
+
+        def reduce(tensors):
+            seen.append([tensor.clone() for tensor in tensors])
+            return next(turn, tensors)
+
+        seen.clear()
+        hypergrad(lambda: 2 * problem.loss(0, {}, rows), lambda: 2 * problem.loss(1, {}, rows), problem.delta,
+                  problem.alpha, problem.xi, order, reduce=reduce)
+        return list(seen)
+
+    averages = []
+    for i in range(ORDERS[order]):
+        mine, theirs = (gradient_lists(rows, averages)[i] for rows in halves)
+        averages.append([(one + other) / 2 for one, other in zip(mine, theirs, strict=True)])
+    turn = iter(averages)
+    found = hypergrad(lambda: problem.loss(0, {}, halves[0]), lambda: problem.loss(1, {}, halves[0]),
+                      problem.delta, problem.alpha, problem.xi, order, reduce=lambda tensors: next(turn))
+    whole = problem.hypergrad(order)
+    assert relative(found.alpha_grad, whole.alpha_grad) < 1e-10
+    assert relative(found.direct, whole.direct) < 1e-12
+    assert found.loss_delta == pytest.approx(whole.loss_delta, rel=1e-12)
+    assert found.loss_alpha == pytest.approx(whole.loss_alpha, rel=1e-12)
+    assert all(relative(f, w) < 1e-12 for f, w in zip(found.delta_grads, whole.delta_grads, strict=True))
+    if order != "first":
+        assert relative(found.mixed, whole.mixed) < 1e-8
+
+
+def test_the_radius_is_how_far_the_weights_move():
+    problem, at = Problem(0), []
+
+    def loss_delta():
+        at.append([d.detach().clone() for d in problem.delta])
+        return problem.loss(0, {})
+
+    for radius in (0.01, 1e-4):
+        at.clear()
+        hypergrad(loss_delta, lambda: problem.loss(1, {}), problem.delta, problem.alpha, 0.05, "central",
+                  radius)
+        for moved_by in at[1:]:
+            far = math.sqrt(sum((a - b).square().sum().item() for a, b in zip(moved_by, at[0])))
+            assert far == pytest.approx(radius, rel=1e-9)
+
+
+def test_the_share_is_that_of_the_mixed_term_in_the_direct_gradient():
+    q = Quadratic()
+    direct, mixed = q.expected()
+    found = hypergrad(q.loss_delta, q.loss_alpha, [q.d], q.a, q.xi, "central")
+    assert found.direct.item() == pytest.approx(direct, rel=1e-12)
+    assert found.share == pytest.approx(abs(mixed / direct), rel=1e-9)
+    assert hypergrad(q.loss_delta, q.loss_alpha, [q.d], q.a, q.xi).share is None
+    zero, one = torch.zeros(2), torch.ones(2)
+    assert Hypergradient(one, zero, [], 0.0, 0.0, 2).share == 0.0
+    assert Hypergradient(zero, zero, [], 0.0, 0.0, 2).share == 0.0
+    assert Hypergradient(zero, one, [], 0.0, 0.0, 4).share == math.inf
 
 
 @pytest.mark.parametrize("order", MIXED_ORDERS)
@@ -297,4 +519,56 @@ def test_unknown_orders_and_impossible_rates_are_refused_before_any_pass():
     for xi in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="xi must be"):
             hypergrad(q.loss_delta, q.loss_alpha, [q.d], q.a, xi)
+    for radius in (0.0, -0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="radius a positive one"):
+            hypergrad(q.loss_delta, q.loss_alpha, [q.d], q.a, 0.1, radius=radius)
     assert q.calls == []
+
+
+def orders(auto, shares, first=1):
+    "The orders of the steps from `first` on, where the measured share is this one at each."
+    taken = []
+    for step, share in enumerate(shares, start=first):
+        taken.append(auto.order(step))
+        if taken[-1] == "central":
+            auto.note(share)
+    return taken
+
+
+def test_auto_measures_now_and_then_while_the_share_is_small():
+    taken = orders(Auto(every=4), [0.005] * 10)
+    assert taken == [*["central"] + ["first"] * 3] * 2 + ["central", "first"]
+
+
+def test_auto_stays_with_the_mixed_term_while_the_share_is_large():
+    assert orders(Auto(every=4), [0.02] * 10) == ["central"] * 10
+    assert orders(Auto(every=4), [0.01] * 6) == ["central"] * 6
+    assert orders(Auto(every=4), [math.nan, math.inf] * 3) == ["central"] * 6
+
+
+def test_auto_leaves_the_term_out_from_the_first_small_share_to_the_next_large_measurement():
+    shares = [0.9, 0.005, 0.5, 0.5, 0.02, 0.02, 0.005, 0.5, 0.005, 0.5, 0.5]
+    assert orders(Auto(every=4), shares) == [
+        "central", "central", "first", "first", "central", "central", "central", "first", "central", "first", "first"]
+
+
+def test_auto_measures_every_step():
+    assert orders(Auto(every=1), [0.001] * 3) == ["central"] * 3
+
+
+@pytest.mark.parametrize("at", range(1, 30))
+def test_auto_decides_the_same_after_a_resume(at):
+    draw = torch.Generator().manual_seed(at)
+    shares = (0.02 * torch.rand(30, generator=draw)).tolist()
+    whole = orders(Auto(every=4), shares)
+    first, second = Auto(every=4), Auto(every=4)
+    begun = orders(first, shares[:at])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert begun + orders(second, shares[at:], first=at + 1) == whole
+    assert set(whole) == {"first", "central"}
+
+
+@pytest.mark.parametrize("settings", [dict(every=0), dict(limit=0.0), dict(limit=-1.0), dict(limit=math.nan)])
+def test_auto_refuses_settings_that_decide_nothing(settings):
+    with pytest.raises(ValueError, match="every must be at least 1 and limit above 0"):
+        Auto(**settings)

@@ -252,6 +252,50 @@ def test_a_file_of_other_shapes_is_no_study(tmp_path, measure, text):
         study(path)
 
 
+COUNTING = """\
+import json
+import os
+import signal
+from pathlib import Path
+from s3pet_nb.store import Run, write_json
+run = Run(run_folder)
+place = run.checkpoint("count")
+found = json.loads(place.read_text()) if place.exists() else {"step": 0, "mark": 0}
+run.rewind(found["mark"])
+first = not Path("was here").exists()
+Path("was here").touch()
+for step in range(found["step"] + 1, 7):
+    run.log({"step": step, "after": found["step"]})
+    if step % 2 == 0 and task == "with checkpoints":
+        write_json(place, {"step": step, "mark": run.mark()})
+    if step == 5 and first:
+        STOP
+run.save_result({"sum": 21})"""
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize("task, stop, cause, after", [
+    ("with checkpoints", KILL, "kernel died", 4),
+    ("with checkpoints", "raise MemoryError('no 3 GiB more')", "MemoryError: no 3 GiB more", 4),
+    ("without", KILL, "kernel died", 0),
+])
+def test_a_stopped_run_goes_on_from_its_checkpoint_or_starts_over(
+        tmp_path, monkeypatch, task, stop, cause, after):
+    monkeypatch.chdir(tmp_path)
+    counting = write_template(tmp_path / "counting.ipynb", COUNTING.replace("STOP", stop))
+    with pytest.raises(RunFailed, match=cause) as failed:
+        execute(counting, {"task": task}, tmp_path / "reports", "s")
+    run = failed.value.run
+    assert [record["step"] for record in run.records()] == [1, 2, 3, 4, 5] and not run.done
+    if stop == KILL:  # as if the runner had died with the kernel
+        (run.folder / "error.json").unlink()
+        (run.folder / "run.ipynb").rename(run.folder / "running.ipynb")
+    assert execute(counting, {"task": task}, tmp_path / "reports", "s").folder == run.folder
+    assert run.records() == [{"step": step, "after": after if step > after else 0} for step in range(1, 7)]
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        "log.jsonl", "params.json", "result.json", "run.ipynb"]
+
+
 def test_a_run_that_was_killed_after_its_result_starts_again(tmp_path, measure):
     run = execute(measure, {}, tmp_path / "reports", "late")
     (run.folder / "run.ipynb").rename(run.folder / "running.ipynb")

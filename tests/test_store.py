@@ -121,9 +121,76 @@ def test_create_starts_an_unfinished_run_over_and_keeps_a_finished_one(tmp_path)
     assert kept.done and kept.records() == [{"step": 1}]
 
 
+def test_create_goes_on_with_an_unfinished_run_that_has_a_checkpoint(tmp_path):
+    run = Run.create(tmp_path, "study", PARAMS, "code")
+    run.log({"step": 1})
+    write_json(run.folder / "structure.json", {"modules": []})
+    place = run.checkpoint("search")
+    assert place == run.folder / "checkpoints" / "search.safetensors" and place.parent.is_dir()
+    place.with_name(".search.safetensors.7.tmp").write_bytes(b"half")
+    assert Run.create(tmp_path, "study", PARAMS, "code").records() == [], "half a checkpoint is none"
+
+    run.log({"step": 1})
+    place.write_bytes(b"whole")
+    write_json(run.folder / "structure.json", {"modules": []})
+    again = Run.create(tmp_path, "study", PARAMS, "code")
+    assert again.records() == [{"step": 1}] and again.structure is None and again.params == PARAMS
+    assert again.checkpoint("search").read_bytes() == b"whole"
+    assert Run.create(tmp_path, "study", PARAMS | {"seed": 1}, "code").records() == []
+
+
+@pytest.mark.parametrize("label", ["", "a/b", "../out", ".hidden", ".."])
+def test_a_checkpoint_stays_in_its_run(tmp_path, label):
+    with pytest.raises(ValueError, match="label .* is not a plain name"):
+        Run.create(tmp_path, "study", PARAMS, "code").checkpoint(label)
+
+
+def test_a_log_that_was_rewound_and_written_again_is_the_same_to_the_byte(tmp_path):
+    run = Run.create(tmp_path, "study", PARAMS, "code")
+    assert run.mark() == 0 and not (run.folder / "log.jsonl").exists()
+    run.rewind(0)
+    records = [{"step": step, "loss": 1 / step, "unit": "\u00b5s"} for step in range(1, 6)]
+    marks = [run.log(record) or run.mark() for record in records]
+    whole = (run.folder / "log.jsonl").read_bytes()
+    assert marks == [k + 1 for k, byte in enumerate(whole) if byte == ord("\n")]
+    for done in 5, 4, 2, 0:
+        run.rewind([0, *marks][done])
+        assert run.records() == records[:done]
+        for record in records[done:]:
+            run.log(record)
+        assert (run.folder / "log.jsonl").read_bytes() == whole
+
+
+def test_a_mark_leaves_out_a_line_that_was_cut_off(tmp_path):
+    run = Run.create(tmp_path, "study", PARAMS, "code")
+    run.log({"step": 1})
+    with open(run.folder / "log.jsonl", "ab") as file:
+        file.write(b'{"st')
+    assert run.mark() == len(b'{"step": 1}\n')
+    run.rewind(run.mark())
+    assert run.records() == [{"step": 1}]
+
+
+def test_a_mark_is_on_the_disk_before_it_is_given(tmp_path, monkeypatch):
+    run, synced = Run.create(tmp_path, "study", PARAMS, "code"), []
+    run.log({"step": 1})
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    run.mark()
+    assert synced == [(run.folder / "log.jsonl").stat().st_ino]
+
+
+@pytest.mark.parametrize("mark", [-1, 5, 13, 10_000])
+def test_a_mark_where_no_record_ends_is_refused_and_nothing_is_cut(tmp_path, mark):
+    run = Run.create(tmp_path, "study", PARAMS, "code")
+    run.log({"step": 1})
+    with pytest.raises(ValueError, match=f"no record ends at byte {mark:,} of .*, which has 12"):
+        run.rewind(mark)
+    assert run.records() == [{"step": 1}]
+
+
 @pytest.mark.parametrize("study", ["../out", "a/b", "", ".", "..", ".hidden", "/tmp/x"])
 def test_a_study_is_a_plain_folder_name(tmp_path, study):
-    with pytest.raises(ValueError, match="plain folder name"):
+    with pytest.raises(ValueError, match="is not a plain name"):
         Run.create(tmp_path / "reports", study, PARAMS, "code")
     assert os.listdir(tmp_path) == []
 

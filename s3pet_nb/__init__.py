@@ -7,7 +7,7 @@
 - `s3pet_nb.cli`: The commands: s3pet demo, search, study and report
 - `s3pet_nb.core`: A registry, seeding, counting: the small things that every other module leans on
 - `s3pet_nb.gate`: From structural parameters to activation probabilities and gate samples: alpha, p, z
-- `s3pet_nb.learner`: One training loop for searching and for training, and the callbacks that watch it
+- `s3pet_nb.learner`: One training loop for searching and for training; what watches it, and what brings it back
 - `s3pet_nb.pet`: PET modules under the unified view: a change Delta, gated by z
 - `s3pet_nb.plot`: What a run's log shows: a frame of numbers, and a figure of that frame
 - `s3pet_nb.report`: One page per run that draws without a network, and an index of all pages

@@ -121,10 +121,15 @@ def command(
         if key in OPTIONS[name]:
             words += [f"--{key.replace('_', '-')}", str(value)] if value != "" else []
         elif key in usual and value != usual[key]:
-            words += ["--set", f"{key}={value}"]
+            words += ["--set", f"{key}={','.join(map(str, value)) if isinstance(value, list) else value}"]
     return shlex.join(words)
 
 # %% ../nbs/api/24_report.ipynb #24-report-019
+def _stopped_early(result: Mapping) -> str | None:
+    early = (result.get("search") or {}).get("early_stop")
+    return early and f"at step {early['step']:,}, {early['saved']:.0%} of the steps saved"
+
+
 def facts(
     run: Run,
 ) -> dict[str, str]:
@@ -140,6 +145,8 @@ def facts(
         "Budget": f"{budget:,} parameters" if budget else params.get("budget"),
         "Share of the backbone": f"{budget / result['n_backbone']:.2e}" if "n_backbone" in result else None,
         "Search space": space,
+        "Gate and order": ", ".join(params[name] for name in ("gate", "order") if name in params) or None,
+        "Stopped early": _stopped_early(result),
         "Seed": params.get("seed"),
         "Time and memory": ", ".join(cost) or None,
         "Run": f"{run.study}/{run.id}",

@@ -5,10 +5,14 @@ import sys
 
 import nbformat
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from s3pet_nb.cli import app, assignments, check, closing_table
+from s3pet_nb.backbone import blueprint, tiny
+from s3pet_nb.cli import app, assignments, check, closing_table, one_sentence
 from s3pet_nb.run import resolve
+from s3pet_nb.space import make_space
+from s3pet_nb.train import random_structure
 
 S3PET = [sys.executable, "-c", "from s3pet_nb.cli import main; main()"]
 FINE = resolve("search", {})
@@ -28,7 +32,7 @@ def tiny_template(tmp_path, monkeypatch):
     "A project whose template 'search' has the agreed parameters and only writes them down."
     parameters = "\n".join(f"{name} = {value!r}" for name, value in {
         "run_folder": "", "task": "agreement", "backbone": "minilm", "data_dir": None, "space": "mix",
-        "budget": 1e-3, "order": "auto", "seed": 0, "search_steps": 4, "retrain_steps": 4,
+        "budget": 1e-3, "gate": "global", "order": "auto", "seed": 0, "search_steps": 4, "retrain_steps": 4,
         "lr": 1e-3}.items())
     body = f"""\
 from s3pet_nb.store import Run
@@ -54,6 +58,11 @@ def test_values_are_read_as_the_type_of_the_default():
     assert assignments(["lr=3e-4", "steps=7", "task=7", "data_dir=None"], defaults) == {
         "lr": 3e-4, "steps": 7, "task": "7", "data_dir": None}
     assert assignments(["task=a=b"], defaults) == {"task": "a=b"}
+    lists = {"baselines": ["lora-everywhere"], "structures": []}
+    assert assignments(["baselines=bitfit,finetune", "structures=a b.json"], lists) == {
+        "baselines": ["bitfit", "finetune"], "structures": ["a b.json"]}
+    assert assignments(["baselines=", "structures=['a,b.json']"], lists) == {
+        "baselines": [], "structures": ["a,b.json"]}
     with pytest.raises(ValueError, match="write --set name=value"):
         assignments(["lr"], defaults)
 
@@ -75,16 +84,72 @@ def test_a_value_is_never_executed(tmp_path):
     ({"order": "frist"}, "did you mean 'first'"),
     ({"evaluate_every": 0}, "evaluate_every is 0; give at least 1"),
     ({"n_train": -1}, "n_train is -1; give 0 or more"),
+    ({"gate": "globl"}, "unknown gate 'globl'; did you mean 'global'"),
+    ({"order": "atuo"}, "did you mean 'auto'"),
+    ({"alphas": "lst"}, "unknown choice of alphas 'lst'; did you mean 'last'"),
+    ({"method": "greedi"}, "did you mean 'greedy'"),
+    ({"precision": "bf61"}, "did you mean 'bf16'"),
+    ({"baselines": ["lnfit", "bitfitt"]}, "unknown baseline 'bitfitt'; did you mean 'bitfit'"),
+    ({"baselines": ["fintune"]}, "did you mean 'finetune'"),
+    ({"accumulate": 0}, "accumulate is 0; give at least 1"),
+    ({"measure_every": -1}, "measure_every is -1; give 0 or more"),
+    ({"stop_after": -1}, "stop_after is -1"),
+    ({"checkpoint_every": -1}, "checkpoint_every is -1"),
+    ({"tau": 0.0}, "tau is 0.0; give a temperature above 0"),
+    ({"tau_end": -0.5}, "tau_end is -0.5; give 0 or more"),
+    ({"beta": -1.0}, "beta is -1.0"),
+    ({"l0": 0.1}, "only the gate 'hard-concrete' has an L0 penalty"),
+    ({"gate": "hard-concrete"}, "give l0 above 0"),
+    ({"gate": "hard-concrete", "l0": 1.0, "tau_end": 0.1}, "leave tau_end out"),
+    ({"order": "auto", "measure_every": 0}, "give measure_every of at least 1"),
+    ({"baselines": ["lora-r8"], "cut": True, "budget": 5000.0},
+     "baseline 'lora-r8' cannot be cut: no module fits into a budget of 5,000 parameters"),
+    ({"structures": ["gone.json"]}, "no structure file 'gone.json'"),
+    ({"structures": [3]}, "no structure file 3"),
 ])
 def test_names_and_folders_are_checked_before_a_kernel_starts(wrong, sentence):
-    check(FINE)
     with pytest.raises((LookupError, ValueError, OSError), match=sentence):
         check({**FINE, **wrong})
+
+
+@pytest.mark.parametrize("fine", [
+    {},
+    {"gate": "hard-concrete", "l0": 0.1, "beta_end": 0.1},
+    {"gate": "local", "order": "auto", "measure_every": 5, "tau_end": 0.1},
+    {"baselines": ["lora-r8", "finetune"]},
+    {"baselines": ["lora-r8", "lnfit", "finetune"], "cut": True, "budget": 8000.0},
+    {"baselines": ["lora-r8"], "cut": True, "budget": 80_000.0},
+    {"baselines": [], "n_random": 0},
+])
+def test_what_can_run_is_let_through(fine):
+    check({**FINE, **fine})
+
+
+def test_a_structure_file_must_fit_the_backbone(tmp_path):
+    fitting, strange, broken = (tmp_path / name for name in ("fitting.json", "strange.json", "broken.json"))
+    random_structure(make_space(blueprint("minilm")), 5000, seed=0).save(fitting)
+    random_structure(make_space(tiny("bert")), 100, seed=0).save(strange)
+    broken.write_text(fitting.read_text()[:-50])
+    check({**FINE, "structures": [str(fitting)]})
+    for path, sentence in (strange, "has no place of its size"), (broken, "is not a structure file"):
+        with pytest.raises(ValueError, match=sentence):
+            check({**FINE, "structures": [str(fitting), str(path)]})
+
+
+def test_an_interrupt_says_that_the_run_can_go_on(capsys):
+    with pytest.raises(typer.Exit) as ended, one_sentence():
+        raise KeyboardInterrupt
+    assert ended.value.exit_code == 130
+    said = capsys.readouterr().err
+    assert "give the same command again to go on from the last checkpoint" in said
+    assert said.count("\n") == 1 and len(said) <= 80
 
 
 @pytest.mark.parametrize("words, sentence", [
     (["search", "--task", "agrement"], "unknown task 'agrement'; did you mean 'agreement'?"),
     (["search", "--task", "agreement", "--space", "mixx"], "unknown search space 'mixx'"),
+    (["search", "--task", "agreement", "--gate", "lokal"], "did you mean 'local'"),
+    (["search", "--task", "agreement", "--set", "baselines=bitfti"], "unknown baseline 'bitfti'"),
     (["search", "--task", "agreement", "--budget", "-1"], "budget -1.0 is not a positive number"),
     (["search", "--task", "agreement", "--data-dir", "gone"], "give a data_dir that exists"),
     (["search", "--task", "agreement", "--set", "serch_steps=3"], "did you mean 'search_steps'"),
@@ -125,14 +190,14 @@ def test_demo_lays_options_over_its_study_and_shows_what_came_out(tiny_template,
 def test_search_passes_its_options_on(tiny_template, invoke, tmp_path):
     (tmp_path / "data").mkdir()
     ended = invoke("search", "--task", "glue/cola", "--backbone", "some/model", "--budget", "25670",
-                   "--seed", "2", "--data-dir", "data", "--space", "lora", "--steps", "6",
-                   "--retrain-steps", "7", "--out", "out")
+                   "--seed", "2", "--data-dir", "data", "--space", "lora", "--gate", "local",
+                   "--order", "first", "--steps", "6", "--retrain-steps", "7", "--out", "out")
     assert ended.exit_code == 0, ended.stderr
     (folder,) = (tmp_path / "out" / "search").iterdir()
     asked = json.loads((folder / "params.json").read_text())
     assert asked == {"task": "glue/cola", "backbone": "some/model", "data_dir": str(tmp_path / "data"),
-                     "space": "lora", "budget": 25670.0, "order": "auto", "seed": 2, "search_steps": 6,
-                     "retrain_steps": 7, "lr": 1e-3}
+                     "space": "lora", "budget": 25670.0, "gate": "local", "order": "first", "seed": 2,
+                     "search_steps": 6, "retrain_steps": 7, "lr": 1e-3}
 
 
 def test_a_failing_template_is_one_sentence_with_its_notebook(tiny_template, invoke, tmp_path):
@@ -159,14 +224,18 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_its_log(invoke, tmp_
 def test_the_closing_table_fits_eighty_columns(capsys):
     from rich.console import Console
 
-    rows = [{**ROW, "label": label} for label in ("searched", "random-1", "lora-r1")]
+    labels = ["searched", "random-1", "lora-everywhere", "lora-everywhere-cut", "rte-s3pet-1", "finetune"]
+    rows = [{**ROW, "label": label} for label in labels]
     rows[2] |= {"n_params": 12_345_678, "modules": 1234, "test": None}
+    rows[-1] |= {"n_params": 737_668_096, "modules": None}
     result = {"task": "superglue/multirc", "metric": "accuracy", "budget": 102_458, "n_backbone": 737_668_096}
     Console(width=80, force_jupyter=False).print(closing_table({**result, "rows": rows}))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
-    shown = [line.split("│")[1].strip() for line in lines if "│" in line]
-    assert shown == ["searched", "random-1", "lora-r1"]
+    shown = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
+    assert [cells[0] for cells in shown] == labels
+    assert shown[2][1:] == ["1,234", "12,345,678", "0.8000", "–"]
+    assert shown[-1][1:] == ["–", "737,668,096", "0.8000", "0.7500"]
 
 
 def test_help_imports_nothing_heavy():
@@ -181,5 +250,6 @@ def test_help_fits_eighty_columns_and_names_every_option(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     shown = subprocess.run([*S3PET, "search", "--help"], capture_output=True, text=True, check=True).stdout
     assert max(map(len, shown.splitlines())) <= 80
-    for name in "task", "backbone", "budget", "seed", "data-dir", "space", "steps", "out", "set":
+    for name in ("task", "backbone", "budget", "seed", "data-dir", "space", "gate", "order", "steps", "out",
+                 "set"):
         assert f"--{name}" in shown

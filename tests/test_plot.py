@@ -3,6 +3,7 @@
 import json
 import math
 
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from synthetic import RETRAININGS, candidates, make_run
@@ -11,20 +12,27 @@ from s3pet_nb.plot import (
     budget_frame,
     comparison_frame,
     loss_frame,
+    mean_p_frame,
+    mixed_frame,
     p_frame,
     p_grid,
+    phase_lines,
     plot_budget,
+    plot_budgets,
     plot_comparison,
     plot_loss,
+    plot_mean_p,
+    plot_mixed,
     plot_p,
     plot_score,
+    plot_sizes,
     score_frame,
     structure_frame,
     table,
 )
 from s3pet_nb.store import Run
 
-FIGURES = [plot_p, plot_budget, plot_loss, plot_score, plot_comparison]
+FIGURES = [plot_p, plot_budget, plot_loss, plot_score, plot_comparison, plot_sizes]
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +125,119 @@ def test_outlines_surround_the_selected_cells(two_stacks):
         )
 
 
+def log_space(run, n=(16, 64, 16), names=("q.lora(r=1)", "q.lora(r=4)", "q.bitfit"), p=(0.1, 0.8, 0.3)):
+    "A space with LoRA of two ranks at one position, and one record of its gates."
+    space = [{"name": f"encoder.0.{name}", "stack": "encoder", "layer": 0, "role": "q", "kind": "linear",
+              "module": "bitfit" if "bitfit" in name else "lora", "n": size} for name, size in zip(names, n)]
+    run.log({"event": "space", "candidates": space, "budget": 80})
+    run.log({"event": "gates", "phase": "search", "step": 4, "alpha": [0.0] * len(space), "p": list(p)})
+    return run
+
+
+def keep(run, *settings):
+    kept = [{"stack": "encoder", "layer": 0, "role": "q", "module": "lora", "settings": given, "n": 1, "p": 1}
+            for given in settings]
+    (run.folder / "structure.json").write_text(json.dumps({"modules": kept}))
+    return run
+
+
+def test_two_ranks_at_one_position_are_two_rows_and_two_choices(tmp_path):
+    run = keep(log_space(Run.create(tmp_path, "study", {}, "")), {"r": 4})
+    frame = p_frame(run)
+    assert frame.name[frame.selected].tolist() == ["encoder.0.q.lora(r=4)"]
+    rows, _, placed = p_grid(frame)
+    assert rows == ["q · LoRA r=1", "q · LoRA r=4", "q · BitFit"]
+    assert not placed.duplicated(["x", "y"]).any()
+    assert [list(row) for row in plot_p(run).data[0].z] == [[0.1], [0.8], [0.3]]
+
+
+def test_mean_p_over_runs_and_what_most_of_them_selected(tmp_path):
+    runs = [log_space(Run.create(tmp_path, "study", {"seed": seed}, ""), p=p)
+            for seed, p in enumerate([(0.1, 0.8, 0.3), (0.2, 0.6, 0.0), (0.6, 0.7, 0.3)])]
+    keep(runs[0], {"r": 1}, {"r": 4})
+    keep(runs[1], {"r": 4})
+    frame = mean_p_frame(runs)
+    assert frame.p.tolist() == pytest.approx([0.3, 0.7, 0.2])
+    assert frame.low.tolist() == [0.1, 0.6, 0.0] and frame.high.tolist() == [0.6, 0.8, 0.3]
+    assert frame.selected.tolist() == [False, True, False]
+    assert frame.runs.tolist() == ["1 of 3 runs", "2 of 3 runs", "0 of 3 runs"]
+    heatmap = plot_mean_p(runs).data[0]
+    assert [list(row) for row in heatmap.z] == [[p] for p in frame.p]
+    assert "mean p = 0.7000, from 0.6000 to 0.8000<br>selected in 2 of 3 runs" in heatmap.text[1][0]
+    assert mean_p_frame(runs[:1]).p.tolist() == p_frame(runs[0]).p.tolist()
+
+
+@pytest.mark.parametrize("space, sentence", [
+    ({"n": (16, 32, 16)}, r"candidate 1 is encoder.0.q.lora\(r=4\) \(64\) in run .* and .* \(32\) in run"),
+    ({"names": ("q.lora(r=1)", "q.bitfit")}, r"candidate 1 is encoder.0.q.lora\(r=4\)"),
+    ({"names": ("q.lora(r=1)", "q.lora(r=4)"), "n": (16, 64)},
+     "candidate 2 is encoder.0.q.bitfit .* missing"),
+])
+def test_a_mean_over_different_spaces_names_the_first_difference(tmp_path, space, sentence):
+    one = log_space(Run.create(tmp_path, "study", {"seed": 0}, ""))
+    p = (0.5,) * len(space.get("names", "123"))
+    other = log_space(Run.create(tmp_path, "study", {"seed": 1}, ""), **space, p=p)
+    with pytest.raises(ValueError, match=sentence):
+        mean_p_frame([one, one, other])
+
+
+def test_a_mean_over_no_run_is_refused():
+    with pytest.raises(ValueError, match="give at least one"):
+        mean_p_frame([])
+
+
+def log_steps(run, n_steps, every=0, order="first"):
+    for step in range(1, n_steps + 1):
+        measured = {"mixed": 0.08 / step} if every and step % every == 1 else {}
+        run.log({"event": "step", "phase": "search", "step": step, "loss": 0.5, "loss_alpha": 0.6,
+                 "zeta": 1.0, "expected_size": 79.0, "budget": 80, "order": order} | measured)
+    return run
+
+
+def test_mixed_frame_has_the_steps_that_were_measured_and_no_others(tmp_path):
+    run = log_steps(Run.create(tmp_path, "study", {}, ""), 10, every=4)
+    run.log({"event": "step", "phase": "searched", "step": 3, "loss": 0.5})
+    frame = mixed_frame(run)
+    assert frame.to_dict("list") == {
+        "step": [1, 5, 9], "mixed": [0.08, 0.08 / 5, 0.08 / 9], "order": ["first"] * 3}
+    figure = plot_mixed(run)
+    assert figure.layout.yaxis.type == "log" and list(figure.data[0].y) == frame.mixed.tolist()
+    assert [line.y0 for line in figure.layout.shapes] == [0.01]
+
+
+def test_a_search_that_measured_nothing_says_so(tmp_path):
+    run = log_steps(Run.create(tmp_path, "study", {}, ""), 3)
+    with pytest.raises(ValueError, match="never measured the second-order term; search with measure_every"):
+        plot_mixed(run)
+
+
+def test_an_early_stop_is_marked_where_it_happened(tmp_path, run):
+    assert not plot_budget(run).layout.shapes
+    stopped = log_steps(Run.create(tmp_path, "study", {}, ""), 30)
+    stopped.log({"event": "early_stop", "phase": "search", "step": 30, "steps": 40, "jaccard": [1.0],
+                 "saved": 0.25})
+    figure = plot_budget(stopped)
+    assert [(line.x0, line.x1) for line in figure.layout.shapes] == [(30, 30)]
+    assert figure.layout.annotations[0].text == "stopped early at step 30, 25% of the steps saved"
+
+
+SWEPT = pd.DataFrame({
+    "budget": [100, 300, 1000], "modules": [3, 6, 5], "n_params": [96, 288, 992], "sum_p": [2.4, 4.1, 4.4],
+    "sum_p_exact": [2.4, 4.2, 4.4], "gap": [0.0, 0.024, 0.0], "dropped": [[], [], list("abcdefghij")]})
+
+
+def test_budgets_whose_set_lacks_a_module_of_the_smaller_one_are_ringed():
+    figure = plot_budgets(SWEPT)
+    traces = {trace.name: trace for trace in figure.data}
+    assert list(traces["parameters used"].y) == [96, 288, 992]
+    modules = traces["modules (right axis)"]
+    assert list(modules.y) == [3, 6, 5] and modules.yaxis == "y2"
+    assert (list(traces["not nested"].x), list(traces["not nested"].y)) == ([1000], [992])
+    hover = traces["parameters used"].text
+    assert "keeps all" in hover[0] and "greedy misses 2.40%" in hover[1]
+    assert hover[2].endswith("drops a<br>b<br>c<br>d<br>e<br>f<br>g<br>h<br>and 2 more")
+
+
 def test_budget_frame(run):
     frame = budget_frame(run)
     assert frame.step.tolist() == list(range(1, 61)) and set(frame.budget) == {4542}
@@ -197,6 +318,48 @@ def test_comparison_never_hides_a_seed(run):
     assert plot_comparison(run.result).to_json() == figure.to_json()
 
 
+@pytest.fixture
+def with_finetune(run):
+    "The result as a search with other baselines writes it."
+    rows = [{**row, "label": {"lora-r1": "lora-everywhere"}.get(row["label"], row["label"])}
+            for row in run.result["rows"]]
+    more = [{**rows[-1], "label": label, "test": 0.8, "n_params": 4_500}
+            for label in ("bitfit-cut", "rte-s3pet-1")]
+    tuned = {**rows[-1], "label": "finetune", "structure": "finetune", "modules": None, "test": 0.9,
+             "n_params": 22_713_216, "test/unseen_words": None}
+    return {**run.result, "rows": [*rows, *more, tuned]}
+
+
+def test_finetuning_has_no_modules_and_stands_beside_the_others(with_finetune):
+    frame = comparison_frame(with_finetune)
+    assert frame.modules.isna().tolist() == [False] * 7 + [True] and frame.modules.dtype == "Int64"
+    assert frame.ratio.iloc[-1] == 1 and frame.ratio[0] < 1e-3
+    shown = table(frame).data
+    assert ">–<" in shown and ">22,713,216<" in shown and ">1.00e+00<" in shown
+    for label, modules in zip(frame.label, frame.modules):
+        assert f">{label}<" in shown and (modules is pd.NA or f">{modules}<" in shown)
+    figure = plot_comparison(with_finetune)
+    assert [text.split("<br>")[0] for text in figure.layout.yaxis.ticktext] == [
+        "searched", "random (3)", "lora-everywhere", "bitfit-cut", "rte-s3pet-1", "finetune"]
+    assert list(figure.data[0].x) == frame.test.tolist()
+
+
+def test_sizes_are_on_a_logarithmic_axis_with_every_row(with_finetune):
+    figure = plot_sizes(with_finetune)
+    assert figure.layout.xaxis.type == "log" and len(figure.data) == 6
+    drawn = {(label, x, y) for trace in figure.data for label, x, y in zip(trace.text, trace.x, trace.y)}
+    assert drawn == {(row["label"], row["n_params"], row["test"]) for row in with_finetune["rows"]}
+
+
+def test_no_two_of_a_dozen_labels_share_a_line():
+    names = "adapter", "lora-r8", "lora-r1", "adapter-lr", "bitfit", "lnfit", "lora-everywhere"
+    others = ["finetune", *(f"{name}{cut}" for cut in ("", "-cut") for name in names)]
+    lines = phase_lines(["searched", "random-1", "random-2", *others])
+    assert lines["random-1"] == lines.pop("random-2")
+    assert len({tuple(line.values()) for line in lines.values()}) == len(lines) == 17
+    assert phase_lines(["searched"])["searched"] == lines["searched"]
+
+
 def test_random_structures_share_one_entry_of_the_legend(run):
     for figure in (plot_loss(run), plot_score(run)):
         shown = [trace.name for trace in figure.data if trace.showlegend and trace.name == "random"]
@@ -212,7 +375,7 @@ def test_figures_take_their_width_from_the_page_and_are_small(run, draw):
 
 
 @pytest.mark.parametrize(
-    "read", [p_frame, budget_frame, loss_frame, score_frame, structure_frame, comparison_frame]
+    "read", [p_frame, budget_frame, mixed_frame, loss_frame, score_frame, structure_frame, comparison_frame]
 )
 def test_a_run_without_records_says_what_is_missing(tmp_path, read):
     with pytest.raises(ValueError, match="no record|no structure yet|no result yet"):

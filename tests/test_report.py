@@ -1,5 +1,6 @@
 """The report and the index: text in the test process, pictures in a real browser."""
 
+import json
 import os
 import re
 import shutil
@@ -9,7 +10,8 @@ import pytest
 from plotly.offline import get_plotlyjs
 from synthetic import N_FIGURES, execute_notebook, make_run
 
-from s3pet_nb.report import command, index, report, static_notebook
+from s3pet_nb.plot import comparison_frame, plot_sizes, table
+from s3pet_nb.report import command, facts, index, report, static_notebook
 from s3pet_nb.store import Run
 
 CHROMIUM = [
@@ -97,8 +99,37 @@ def test_head_says_what_was_asked_and_how_to_ask_again(run):
         "--budget 0.0002 --seed 0",
     ):
         assert text in body
-    demo = make_run(run.folder.parent.parent, study="demo", steps=6, seed=3, backbone="minilm", lr=0.5)
-    assert command(demo) == "s3pet demo --seed 3 --set lr=0.5"
+    demo = make_run(run.folder.parent.parent, study="demo", steps=6, seed=3, backbone="minilm", lr=0.5,
+                    gate="local", baselines=["bitfit", "finetune"])
+    assert command(demo) == (
+        "s3pet demo --seed 3 --set lr=0.5 --set gate=local --set baselines=bitfit,finetune")
+
+
+def test_head_says_gate_order_and_an_early_stop(tmp_path):
+    run = make_run(tmp_path, study="search", steps=12, gate="local", order="auto")
+    assert facts(run)["Gate and order"] == "local, auto" and "Stopped early" not in facts(run)
+    for early, said in (None, None), ({"step": 1200, "saved": 0.4}, "at step 1,200, 40% of the steps saved"):
+        search = {**run.result["search"], "gate": "local", "gap": 0.0, "early_stop": early}
+        run.save_result({**run.result, "search": search})
+        assert facts(run).get("Stopped early") == said
+
+
+def test_a_result_with_full_finetuning_and_other_baselines_is_shown(tmp_path):
+    run = make_run(tmp_path, study="search", steps=12)
+    result = run.result
+    rows = [row for row in result["rows"] if row["label"] != "lora-r1"]
+    tuned = {**rows[0], "label": "finetune", "structure": "finetune", "modules": None, "n_params": 22_713_216,
+             "test": 0.9}
+    run.save_result({**result, "rows": [*rows, {**rows[0], "label": "bitfit-cut", "test": 0.7}, tuned]})
+    shown = [{"application/vnd.plotly.v1+json": json.loads(plot_sizes(run).to_json())},
+             {"text/html": table(comparison_frame(run)).data}]
+    outputs = [nbformat.v4.new_output("display_data", data) for data in shown]
+    cells = [nbformat.v4.new_code_cell("show(run)", outputs=outputs)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), run.folder / "run.ipynb")
+    body = body_of(report(run))
+    assert body.count("Plotly.newPlot(") == 1 and ">22,713,216</td>" in body
+    text = index(tmp_path).read_text()
+    assert "<th>finetune</th>" in text and "<td>0.900</td>" in text and "<td>0.700</td>" in text
 
 
 def test_names_cannot_become_markup(run, stopped):

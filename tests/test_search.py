@@ -1,0 +1,235 @@
+"What a search may be asked, beyond what its notebook shows."
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from s3pet_nb.backbone import FAMILIES, example_batch, tiny
+from s3pet_nb.core import UnknownName
+from s3pet_nb.gate import Annealed, HardConcrete, ShiftedSigmoid, StraightThrough, geometric
+from s3pet_nb.learner import Checkpoint, Compute, Records, load_state
+from s3pet_nb.search import ALPHAS, SEARCH_ORDERS, EarlyStop, SearchConfig, SearchResult, search
+from s3pet_nb.space import Rule, make_space
+from s3pet_nb.structure import jaccard, select
+
+HEAD = {"t5": "seq2seq"}
+ROOT = Path(__file__).parent.parent
+
+
+def batches(model, n=6, size=4):
+    return [example_batch(model, size=size, seed=seed) for seed in range(n)]
+
+
+def searched(model, data=None, budget=200, callbacks=(), log=None, gate=ShiftedSigmoid(), order="first", space="mix",
+             **numbers) -> SearchResult:
+    data = data or batches(model)
+    config = SearchConfig(**{"steps": 6, "lr": 1e-2, "evaluate_every": 3, "measure_every": 0, "dropout": False}
+                          | numbers)
+    return search(model, make_space(model, space), data[::2], data[1::2], data[:1], budget, gate, order, config=config,
+                  callbacks=callbacks, log=log)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_searched(family):
+    result = searched(tiny(family, HEAD.get(family, "classify")), steps=2, order="second")
+    assert result.passes == 6 and result.alpha.abs().min() > 0
+    assert 0 < result.structure().n_params <= 200
+
+
+@pytest.mark.parametrize("order, passes", {"first": 12, "second": 18, "central": 24, "exact": 18}.items())
+def test_passes_of_every_order(order, passes):
+    assert searched(tiny("bert", attn_implementation="eager"), order=order).passes == passes
+
+
+def test_measuring_costs_passes_and_changes_nothing():
+    records = Records()
+    plain = searched(tiny("bert"))
+    measured = searched(tiny("bert"), measure_every=2, log=records)
+    assert all(torch.equal(plain.history[step], measured.history[step]) for step in plain.history)
+    shares = {record["step"]: record["mixed"] for record in records if "mixed" in record}
+    assert list(shares) == [1, 3, 5] and all(0 < share < 1 for share in shares.values())
+    assert measured.passes == plain.passes + 2 * 3
+
+
+def test_auto_is_first_order_once_the_modules_have_left_zero_and_the_term_is_small():
+    records = Records()
+    result = searched(tiny("bert"), order="auto", measure_every=3, lr=1e-6, log=records)
+    steps = [record for record in records if record["event"] == "step"]
+    assert [record["passes"] for record in steps] == [4, 4, 2, 4, 2, 2] and result.passes == 18
+    assert steps[0]["mixed"] > 0.9 and all(record.get("mixed", 0) < 0.01 for record in steps[1:])
+
+
+def test_auto_is_central_while_the_term_is_large():
+    records = Records()
+    result = searched(tiny("bert"), order="auto", measure_every=3, lr=3.0, log=records)
+    first = next(record for record in records if record["event"] == "step")
+    assert first["mixed"] > 0.01 and result.passes > 16
+
+
+def moments(folder, **compute) -> dict[str, torch.Tensor]:
+    "First moments of both optimisers after three steps: averaged gradients, before AdamW divides them."
+    model = tiny("bert")
+    data = batches(model, 8)
+    if compute.pop("whole", False):
+        data = [{name: torch.cat([a[name], b[name]]) for name in a}
+                for one, two, three, four in zip(data[::4], data[1::4], data[2::4], data[3::4])
+                for a, b in ((one, three), (two, four))]
+    path = folder / "three.safetensors"
+    path.unlink(missing_ok=True)
+    search(model, make_space(model), data[::2], data[1::2], data[:1], 200, order="first", callbacks=(),
+           config=SearchConfig(3, lr=1e-2, measure_every=0, dropout=False, compute=Compute(**compute)),
+           checkpoint=Checkpoint(path))
+    state = load_state(path)["learner"]["take_step"]
+    return {name: torch.cat([moment["exp_avg"].flatten() for moment in state[name]["optimizer"]["state"].values()])
+            for name in ("step_delta", "step_alpha")}
+
+
+def assert_near(one: dict, other: dict, share: float) -> None:
+    "Each vector differs by no more than a share of its largest entry."
+    for name, moment in one.items():
+        assert (other[name] - moment).abs().max() <= share * moment.abs().max() > 0
+
+
+def test_two_batches_a_step_are_one_batch_of_both(tmp_path):
+    assert_near(moments(tmp_path, whole=True), moments(tmp_path, accumulate=2), 1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing_but_rounding(tmp_path):
+    assert_near(moments(tmp_path), moments(tmp_path, gradient_checkpointing=True), 1e-5)
+
+
+def test_half_the_bits_give_nearly_the_same_gradient(tmp_path):
+    plain, half = moments(tmp_path), moments(tmp_path, precision="bf16")
+    for name in plain:
+        assert plain[name].dtype == half[name].dtype and not torch.equal(plain[name], half[name])
+        assert torch.cosine_similarity(plain[name], half[name], dim=0) > 0.98
+
+
+def test_two_processes_compute_what_one_does_with_two_batches(tmp_path):
+    shown = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                            __file__, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    alone = searched(tiny("bert"), compute=Compute(accumulate=2))
+    assert torch.equal(one["alpha"], two["alpha"])
+    assert one["records"] > 0 and two["records"] == 0
+    torch.testing.assert_close(one["alpha"], alone.alpha, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(one["alpha"], searched(tiny("bert")).alpha, rtol=1e-2, atol=1e-3)
+
+
+def one_of_two(folder: str) -> None:
+    "What each of the two processes does."
+    torch.set_num_threads(1)
+    state = PartialState(cpu=True)
+    records = Records()
+    result = searched(tiny("bert"), log=records)
+    save_file({"alpha": result.alpha, "records": torch.tensor(len(records))},
+              Path(folder) / f"{state.process_index}.safetensors")
+
+
+@pytest.mark.parametrize("alphas", ALPHAS)
+def test_alphas_are_chosen_after_the_search(alphas):
+    result = searched(tiny("bert"), steps=9)
+    steps = list(result.scores)
+    expected = {"best": max(steps, key=lambda step: (result.scores[step], step)), "last": 9, "mean": 9}[alphas]
+    taken = result.taken(alphas, k=2)
+    assert taken.step == expected
+    mean = (result.history[6] + result.history[9]) / 2
+    assert torch.equal(taken.alpha, mean if alphas == "mean" else result.history[expected])
+    assert result.taken("best").step == result.step and torch.equal(result.taken("best").alpha, result.alpha)
+
+
+def test_an_unknown_choice_of_alphas_names_the_near_one():
+    with pytest.raises(UnknownName, match="did you mean 'last'"):
+        searched(tiny("bert")).taken("lats")
+
+
+def test_an_annealed_gate_is_as_it_was_at_the_step_that_was_taken():
+    gate = Annealed(ShiftedSigmoid(), tau=geometric(1.0, 0.25), beta=geometric(1.0, 0.1))
+    result = searched(tiny("bert"), steps=8, evaluate_every=4, gate=gate)
+    assert result.taken("last").gate == ShiftedSigmoid(tau=0.25, beta=0.1)
+    assert result.gate == gate.at(result.step / 8)
+
+
+@pytest.mark.parametrize("gate", [ShiftedSigmoid(), ShiftedSigmoid(scope="local"), StraightThrough()], ids=str)
+def test_the_expected_size_stays_within_the_budget_at_every_step(gate):
+    records = Records()
+    searched(tiny("bert"), gate=gate, log=records)
+    sizes = [record["expected_size"] for record in records if record["event"] == "step"]
+    assert all(199.999 < size <= 200 for size in sizes)
+
+
+def test_a_heavier_penalty_leaves_a_smaller_expected_size():
+    model = tiny("bert")
+    sizes = []
+    for weight in (0.0, 1e-4, 1.0):
+        result = searched(model, gate=HardConcrete(weight=weight), steps=40).taken("last")
+        sizes.append(float(result.p @ result.space.n.double()))
+        assert result.structure().n_params <= 200
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_early_stop_needs_as_many_equal_sets_as_it_is_told():
+    records = Records()
+    result = searched(tiny("bert"), steps=400, evaluate_every=5, callbacks=[EarlyStop(rounds=4)], log=records)
+    note = next(record for record in records if record["event"] == "early_stop")
+    assert result.steps == note["step"] < 400 and note["saved"] == 1 - result.steps / 400
+    sets = [select(torch.tensor(record["p"], dtype=torch.float64), result.space.n, 200)
+            for record in records if record["event"] == "gates" and record["step"]]
+    likeness = [[jaccard(now, before) for before in sets[max(0, i - 4):i]] for i, now in enumerate(sets)]
+    assert min(likeness[-1]) >= 0.95 and len(likeness[-1]) == 4
+    assert not any(len(each) == 4 and min(each) >= 0.95 for each in likeness[:-1])
+    assert records[-1]["event"] == "score" and records[-1]["step"] == result.steps
+
+
+@pytest.mark.parametrize("settings", [{"rounds": 0}, {"similar": 0.0}, {"similar": 1.5}])
+def test_an_impossible_early_stop_is_refused(settings):
+    with pytest.raises(ValueError, match="give at least 1"):
+        EarlyStop(**settings)
+
+
+def test_budgets_of_one_search_and_where_they_are_not_nested():
+    result = searched(tiny("bert"), steps=20)
+    table = result.budgets([2 * 16, 48, 64, 96, 200, 0.05])
+    assert table.budget.is_monotonic_increasing and len(table) == 6
+    names = [candidate.name for candidate in result.space.candidates]
+    for before, row in zip(table.budget, table.iloc[1:].itertuples()):
+        small, large = (result.structure(int(B)) for B in (before, row.budget))
+        lost = {(k.layer, k.role, k.module) for k in small.modules} - {(k.layer, k.role, k.module)
+                                                                       for k in large.modules}
+        assert len(row.dropped) == len(lost) and set(row.dropped) <= set(names)
+        assert row.n_params == large.n_params and row.modules == len(large)
+        assert row.sum_p <= row.sum_p_exact + 1e-9 and row.gap == pytest.approx(result.gap(int(row.budget)))
+    assert any(table.dropped.str.len())
+
+
+def test_several_ranks_at_one_position_are_candidates_of_their_own():
+    rules = tuple(Rule("lora", ("q", "v"), {"r": r}) for r in (1, 2, 4))
+    result = searched(tiny("bert"), space=rules, budget=128, steps=10)
+    assert len(result.space) == 2 * 2 * 3 and len({c.name for c in result.space.candidates}) == 12
+    assert result.structure().n_params <= 128
+
+
+def test_orders_are_checked_before_any_pass():
+    with pytest.raises(UnknownName, match="did you mean 'central'"):
+        searched(tiny("bert"), order="centrl")
+    assert SEARCH_ORDERS == ("first", "second", "central", "exact", "auto")
+
+
+def test_a_shuffling_loader_of_another_length_may_stand_on_either_side():
+    model = tiny("bert")
+    rows = [{name: column[0] for name, column in example_batch(model, size=1, seed=seed).items()} for seed in range(10)]
+    loaders = [DataLoader(rows[:n], batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(0))
+               for n in (10, 6)]
+    result = search(model, make_space(model), *loaders, batches(model, 1), 200, callbacks=(),
+                    config=SearchConfig(8, evaluate_every=8))
+    assert result.steps == 8
+
+
+if __name__ == "__main__":
+    one_of_two(sys.argv[1])

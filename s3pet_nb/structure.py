@@ -53,12 +53,14 @@ def _greedy(p: np.ndarray, n: np.ndarray, B: int) -> np.ndarray:
 
 
 def _exact(p: np.ndarray, n: np.ndarray, B: int) -> np.ndarray:
-    unit = np.gcd.reduce(n)
-    solved = milp(-p, integrality=np.ones(len(p)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0},
+    greedy = _greedy(p, n, B)
+    unit, scale = np.gcd.reduce(n), p[greedy].sum() or 1.0  # the solver's tolerances are absolute
+    solved = milp(-p / scale, integrality=np.ones(len(p)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0},
                   constraints=LinearConstraint((n // unit)[None].astype(float), ub=B // unit))
     if not solved.success:
         raise RuntimeError(f"no exact selection: {solved.message}; choose 'greedy'")
-    return solved.x > 0.5
+    found = solved.x > 0.5
+    return found if p[found].sum() > p[greedy].sum() else greedy
 
 
 METHODS = {"greedy": _greedy, "exact": _exact}

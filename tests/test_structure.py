@@ -67,6 +67,12 @@ def test_the_exact_selection_agrees_with_a_method_that_shares_nothing_with_it():
         assert float(p[keep].sum()) == pytest.approx(highest_sum(p.numpy(), n.numpy(), B), abs=5e-6)
 
 
+def test_small_probabilities_are_not_lost_to_the_solvers_tolerance():
+    p, n = torch.tensor([0.02, 1e-9, 3e-9, 2e-9], dtype=torch.float64), torch.tensor([5000, 100, 100, 100])
+    assert select(p, n, 150, "exact").tolist() == select(p, n, 150).tolist() == [False, False, True, False]
+    assert gap(p, n, 150) == 0
+
+
 def test_a_solver_that_gives_up_is_not_believed(monkeypatch):
     from s3pet_nb import structure
 

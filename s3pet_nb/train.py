@@ -29,8 +29,8 @@ from .bilevel import accumulate
 from .budget import resolve_budget
 from .core import Registry, evaluating
 from .learner import (Callback, Checkpoint, Compute, Evaluate, Groups, Learner, Log, Progress,
-                              average, check_finite, check_same, my_share, to_device)
-from .search import Stepper, negative_loss
+                              average, check_finite, check_same, my_share, own_noise, to_device)
+from .search import Stepper, check_counts, negative_loss
 from .space import BLOCK, LINEAR, NORM, Rule, SearchSpace, make_space
 from .structure import Structure, select
 
@@ -46,6 +46,9 @@ class TrainConfig:
     dropout: bool = True  # the backbone's own; short runs on a frozen backbone learn much sooner without
     seed: int = 0  # of the new weights and of dropout
     compute: Compute = Compute()  # precision, accumulation, gradient checkpointing
+
+    def __post_init__(self):
+        check_counts(steps=self.steps, evaluate_every=self.evaluate_every)
 
 
 @contextmanager
@@ -97,11 +100,14 @@ class TrainStep:
     def __init__(self, model: nn.Module, weights: dict[str, nn.Parameter], config: TrainConfig):
         self.model, self.weights, self.config = model, weights, config
         self.stepper = Stepper(weights.values(), config.lr, config.clip, config.steps)
+        self.generator = torch.Generator().manual_seed(config.seed)
 
     def losses(self, batches: list[dict[str, Tensor]]) -> Iterator[Tensor]:
-        "The parts of the mean loss of this process."
+        "The parts of the mean loss of this process, each with dropout of its own."
         compute, device = self.config.compute, self.model.device
-        for _, batch in my_share(batches):
+        noise = int(torch.randint(2 ** 31, (), generator=self.generator))
+        for k, batch in my_share(batches):
+            torch.manual_seed(noise + k)
             with compute.autocast(device):
                 loss = self.model(**to_device(batch, device)).loss
             yield loss / compute.accumulate
@@ -111,14 +117,16 @@ class TrainStep:
         return [*torch.autograd.grad(part, self.stepper.weights, materialize_grads=True), part.detach()]
 
     def __call__(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
-        *grads, loss = average(accumulate(lambda: self.losses(batches), self.slopes))
+        with own_noise(self.model.device):
+            *grads, loss = average(accumulate(lambda: self.losses(batches), self.slopes))
         numbers = check_finite(loss=loss.item())
         self.stepper.step(grads)
         return numbers
 
     def state_dict(self) -> dict:
         "The trained weights, the optimiser, and the numbers of the training."
-        return {"config": asdict(self.config), "weights": self.weights, "stepper": self.stepper.state_dict()}
+        return {"config": asdict(self.config), "weights": self.weights, "stepper": self.stepper.state_dict(),
+                "noise": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         "Take over what `state_dict` gave; `ValueError` if it was another training."
@@ -127,6 +135,7 @@ class TrainStep:
         for name, weight in self.weights.items():
             weight.data.copy_(state["weights"][name])
         self.stepper.load_state_dict(state["stepper"])
+        self.generator.set_state(state["noise"])
 
 
 def _fit(model: nn.Module, backbone: nn.Module, weights: dict[str, nn.Parameter], loader: Iterable,

@@ -20,7 +20,7 @@ from s3pet_nb.store import Run
 from s3pet_nb.structure import Structure
 from s3pet_nb.train import TrainConfig, finetune, retrain
 
-STEPS = 24
+STOPS = 32  # where the early stop comes, of 60 steps
 
 
 def rows(size: int, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -29,18 +29,22 @@ def rows(size: int, seed: int) -> list[dict[str, torch.Tensor]]:
     return [{name: column[i] for name, column in batch.items()} for i in range(size)]
 
 
-def shuffled(size: int, seed: int) -> DataLoader:
-    return DataLoader(rows(size, seed), batch_size=4, shuffle=True,
-                      generator=torch.Generator().manual_seed(seed))
+def shuffled(size: int, seed: int, draw: torch.Generator | None = None) -> DataLoader:
+    return DataLoader(rows(size, seed), batch_size=4, shuffle=True, generator=draw)
 
 
 def whole_search(folder: Path) -> None:
-    "A search with all that has a state: two epochs and more, dropout, annealing, measurements, early stop."
-    model, run = tiny("bert"), Run(folder)
-    result = search(model, make_space(model), shuffled(28, 1), shuffled(36, 2), DataLoader(rows(8, 3), 4), budget=200,
-                    gate=Annealed(ShiftedSigmoid(), beta=geometric(1.0, 0.2)), order="auto",
-                    config=SearchConfig(STEPS, lr=1e-2, evaluate_every=4, measure_every=7), log=run,
-                    callbacks=[EarlyStop(rounds=4)], checkpoint=Checkpoint(run.checkpoint("search"), every=5))
+    """A search with all that has a state.
+
+    Several epochs of unequal loaders that share one generator, dropout, annealing, an early stop.
+    """
+    model, run, draw = tiny("bert"), Run(folder), torch.Generator().manual_seed(5)
+    result = search(model, make_space(model), shuffled(20, 1, draw), shuffled(36, 2, draw),
+                    DataLoader(rows(8, 3), 4), budget=200, order="auto", log=run,
+                    gate=Annealed(ShiftedSigmoid(), beta=geometric(1.0, 0.2)),
+                    config=SearchConfig(60, lr=1e-2, evaluate_every=4, measure_every=7),
+                    callbacks=[EarlyStop(rounds=3, similar=0.6), EarlyStop(rounds=50)],
+                    checkpoint=Checkpoint(run.checkpoint("search"), every=5))
     result.structure().save(folder / "structure.json")
     save_file({"alpha": result.alpha.clone(), **{str(s): alpha for s, alpha in result.history.items()}},
               folder / "alphas.safetensors")
@@ -110,12 +114,13 @@ def uninterrupted(tmp_path_factory) -> tuple:
 def test_the_search_is_one_worth_killing(uninterrupted):
     log = uninterrupted[0]
     steps = [record for record in log if record["event"] == "step"]
-    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in steps] == list(range(1, STOPS + 1))
     assert {record["passes"] for record in steps} == {2, 4}
-    assert len({record["zeta"] for record in steps}) == STEPS
+    assert len({record["zeta"] for record in steps}) == STOPS
+    assert [record["step"] for record in log if record["event"] == "early_stop"] == [STOPS]
 
 
-PASSES = random.Random(0).sample(range(2, 66), 20)
+PASSES = random.Random(0).sample(range(2, 80), 20)
 
 
 @pytest.mark.parametrize("k", PASSES)
@@ -160,7 +165,7 @@ def test_another_question_is_refused_and_says_what_differs(tmp_path):
                checkpoint=Checkpoint(path))
 
     ask(200)
-    with pytest.raises(ValueError, match="budget is 200 in the checkpoint and 100 here; remove it to start over"):
+    with pytest.raises(ValueError, match="budget is 200 in the checkpoint and 100 here; remove it to start"):
         ask(100)
 
 
@@ -169,16 +174,16 @@ class Breaks(Exception):
 
 
 class BreakingScore:
-    "The negative loss of nothing: 0, until the score number `at`."
+    "Scores that are best at the first evaluation; the one number `at` raises."
 
-    def __init__(self, at):
-        self.at, self.calls = at, 0
+    def __init__(self, scores, at=None):
+        self.scores, self.at, self.calls = iter(scores), at, 0
 
     def __call__(self, model, loader):
         self.calls += 1
         if self.calls == self.at:
             raise Breaks
-        return float(self.calls)
+        return next(self.scores)
 
 
 @pytest.mark.parametrize("train", ["retrain", "finetune"])
@@ -187,18 +192,53 @@ def test_a_training_goes_on_with_the_same_bits(train, tmp_path):
     space = make_space(model, "lora")
     structure = Structure.of(space, torch.ones(len(space), dtype=torch.bool))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    path = tmp_path / "training.safetensors"
 
-    def run(log, checkpoint=None, score_breaks_at=None):
-        told = (shuffled(28, 1), None, BreakingScore(score_breaks_at), TrainConfig(12, lr=1e-2, evaluate_every=3))
+    def run(log, score, checkpoint=None):
+        config = TrainConfig(12, lr=1e-2, evaluate_every=3)
         more = {"callbacks": (), "log": log, "checkpoint": checkpoint}
-        return retrain(model, structure, *told, **more) if train == "retrain" else finetune(model, *told, **more)
+        if train == "finetune":
+            return finetune(model, shuffled(28, 1), None, score, config, **more)
+        return retrain(model, structure, shuffled(28, 1), None, score, config, **more)
 
     whole, parts = Records(), Records()
-    expected = run(whole)
+    expected = run(whole, BreakingScore([0.9, 0.5, 0.6, 0.7]))
+    assert expected.best_step == 3
     with pytest.raises(Breaks):
-        run(parts, Checkpoint(tmp_path / "c.safetensors", every=4), score_breaks_at=3)
+        run(parts, BreakingScore([0.9, 0.5], at=3), Checkpoint(path, every=4))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    found = run(parts, Checkpoint(tmp_path / "c.safetensors", every=4))
+    found = run(parts, BreakingScore([0.6, 0.7]), Checkpoint(path, every=4))
+    assert found.scores == expected.scores and found.best_step == 3
     assert all(torch.equal(found.tensors[name], weight) for name, weight in expected.tensors.items())
-    clockless = [[{**record, "seconds": 0, "score": 0} for record in log] for log in (whole, parts)]
-    assert clockless[0] == clockless[1]
+    assert [[{**record, "seconds": 0} for record in log] for log in (whole, parts)][0] == [
+        {**record, "seconds": 0} for record in parts]
+
+
+def test_a_log_that_a_checkpoint_does_not_know_is_left_alone(tmp_path):
+    model = tiny("bert")
+    space, batches = make_space(model), [example_batch(model)]
+    told = {"config": SearchConfig(steps=4, evaluate_every=2), "callbacks": ()}
+    records = Records([{"event": "mine"}])
+    for log in (None, records):
+        search(model, space, batches, batches, batches, 200, log=log,
+               checkpoint=Checkpoint(tmp_path / "search.safetensors"), **told)
+    assert records == [{"event": "mine"}]
+
+
+@pytest.mark.parametrize("shorter, words", [(4, "batches of an epoch before this place is 5"), (20, None)])
+def test_a_loader_that_has_shrunk_is_refused(shorter, words, tmp_path):
+    model = tiny("bert")
+    path = tmp_path / "search.safetensors"
+
+    def ask(size, breaks_at=None):
+        return search(model, make_space(model), shuffled(size, 1), shuffled(20, 1), [None], 200, callbacks=(),
+                      score=BreakingScore([0.5] * 9, breaks_at), checkpoint=Checkpoint(path, every=5),
+                      config=SearchConfig(steps=8, evaluate_every=6))
+
+    with pytest.raises(Breaks):
+        ask(20, breaks_at=1)
+    if words:
+        with pytest.raises(ValueError, match=words):
+            ask(shorter)
+    else:
+        assert ask(shorter).steps == 8

@@ -119,8 +119,10 @@ def _check_numbers(params: Mapping) -> None:
     hard = params["gate"] == "hard-concrete"
     if hard and not params["l0"]:
         raise ValueError("the gate 'hard-concrete' needs the L0 penalty; give l0 above 0")
-    if hard and params["tau_end"]:
-        raise ValueError("the gate 'hard-concrete' has no tau to anneal; leave tau_end out")
+    if hard and (params["tau"] != 1 or params["tau_end"]):
+        raise ValueError("the gate 'hard-concrete' has no tau; leave tau and tau_end out")
+    if params["order"] == "second" and params["precision"] == "bf16":
+        raise ValueError("order 'second' drowns in the rounding of bf16; choose first, central or auto")
     if params["l0"] and not hard:
         raise ValueError(f"l0 is {params['l0']}, and only the gate 'hard-concrete' has an L0 penalty")
 

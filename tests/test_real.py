@@ -14,8 +14,8 @@ from s3pet_nb.structure import Structure
 from s3pet_nb.task import TASKS, halves, loader, score
 from s3pet_nb.train import TrainConfig, retrain
 
-SHORT = {"search_steps": 3, "retrain_steps": 3, "evaluate_every": 2, "n_random": 1, "n_train": 64,
-         "n_eval": 32, "batch_size": 8, "max_length": 32}
+SHORT = {"search_steps": 3, "retrain_steps": 3, "evaluate_every": 2, "measure_every": 0, "n_random": 1,
+         "n_train": 64, "n_eval": 32, "batch_size": 8, "max_length": 32}
 
 
 @pytest.mark.parametrize("task, head", [("glue/cola", 770), ("glue/stsb", 385)])
@@ -24,7 +24,7 @@ def test_a_search_on_real_rows_ends_in_its_report(task, head, data_dir, tmp_path
                   "search")
     result, structure = run.result, Structure.load(run.folder / "structure.json")
     assert result["budget"] == int(1e-3 * result["n_backbone"]) >= structure.n_params
-    assert [row["label"] for row in result["rows"]] == ["searched", "random-1", "lora-r1"]
+    assert [row["label"] for row in result["rows"]] == ["searched", "random-1", "lora-everywhere"]
     assert (result["rows"][0]["n_params"] == structure.n_params
             and result["rows"][0]["modules"] == len(structure))
     assert all(row["head_params"] == head and math.isfinite(row["test"]) for row in result["rows"])
@@ -33,6 +33,33 @@ def test_a_search_on_real_rows_ends_in_its_report(task, head, data_dir, tmp_path
     assert all(record["expected_size"] <= result["budget"] for record in steps)
     page = report(run).read_text(encoding="utf-8")
     assert structure.modules[0].role in page and task in page
+
+
+@pytest.mark.parametrize("asked, passes", [
+    ({"gate": "local"}, 6), ({"gate": "straight-through", "beta_end": 0.1}, 6),
+    ({"gate": "hard-concrete", "l0": 1e-3}, 6), ({"order": "central", "alphas": "mean", "method": "exact"}, 12)],
+    ids=["local", "straight-through", "l0", "central"])
+def test_other_gates_and_orders_on_real_rows(asked, passes, data_dir, tmp_path):
+    run = execute("search", {**SHORT, **asked, "task": "glue/cola", "data_dir": str(data_dir), "budget": 1e-3,
+                             "n_random": 0, "baselines": []}, tmp_path, "search")
+    found = run.result["search"]
+    assert found["passes"] == passes and found["gap"] >= 0
+    assert [row["label"] for row in run.result["rows"]] == ["searched"]
+    assert found["order"] in report(run).read_text(encoding="utf-8")
+
+
+def test_a_structure_of_one_task_is_trained_on_another_beside_baselines(data_dir, tmp_path):
+    asked = {**SHORT, "data_dir": str(data_dir), "budget": 1e-3, "n_random": 0, "baselines": []}
+    cola = execute("search", {**asked, "task": "glue/cola"}, tmp_path, "search")
+    rte = execute("search", {**asked, "task": "glue/rte", "structures": [str(cola.folder / "structure.json")],
+                             "baselines": ["bitfit", "finetune"], "cut": True}, tmp_path, "search")
+    rows = {row["label"]: row for row in rte.result["rows"]}
+    assert list(rows) == ["searched", "bitfit", "bitfit-cut", "finetune", "glue-cola-s3pet-1"]
+    assert rows["glue-cola-s3pet-1"]["n_params"] == cola.result["rows"][0]["n_params"]
+    assert rows["bitfit-cut"]["n_params"] <= rte.result["budget"] < rows["bitfit"]["n_params"]
+    assert rows["finetune"]["n_params"] == rte.result["n_backbone"] and rows["finetune"]["modules"] is None
+    assert all(math.isfinite(row["test"]) for row in rows.values())
+    assert "glue-cola-s3pet-1" in report(rte).read_text(encoding="utf-8")
 
 
 def test_the_same_question_has_the_same_answer(data_dir, tmp_path):

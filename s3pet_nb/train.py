@@ -29,8 +29,8 @@ from .bilevel import accumulate
 from .budget import resolve_budget
 from .core import Registry, evaluating
 from .learner import (Callback, Checkpoint, Compute, Evaluate, Groups, Learner, Log, Progress,
-                              average, check_finite, check_same, my_share, own_noise, to_device)
-from .search import Stepper, check_counts, negative_loss
+                              average, check_counts, check_finite, check_same, my_share, own_noise, to_device)
+from .search import Stepper, negative_loss
 from .space import BLOCK, LINEAR, NORM, Rule, SearchSpace, make_space
 from .structure import Structure, select
 

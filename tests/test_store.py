@@ -188,7 +188,7 @@ def test_a_mark_where_no_record_ends_is_refused_and_nothing_is_cut(tmp_path, mar
     assert run.records() == [{"step": 1}]
 
 
-@pytest.mark.parametrize("study", ["../out", "a/b", "", ".", "..", ".hidden", "/tmp/x"])
+@pytest.mark.parametrize("study", ["../out", "a/b", "", ".", "..", ".hidden", "/x"])
 def test_a_study_is_a_plain_folder_name(tmp_path, study):
     with pytest.raises(ValueError, match="is not a plain name"):
         Run.create(tmp_path / "reports", study, PARAMS, "code")

@@ -210,8 +210,8 @@ def test_a_training_goes_on_with_the_same_bits(train, tmp_path):
     found = run(parts, BreakingScore([0.6, 0.7]), Checkpoint(path, every=4))
     assert found.scores == expected.scores and found.best_step == 3
     assert all(torch.equal(found.tensors[name], weight) for name, weight in expected.tensors.items())
-    assert [[{**record, "seconds": 0} for record in log] for log in (whole, parts)][0] == [
-        {**record, "seconds": 0} for record in parts]
+    clockless = [[{**record, "seconds": 0} for record in log] for log in (whole, parts)]
+    assert clockless[0] == clockless[1]
 
 
 def test_a_log_that_a_checkpoint_does_not_know_is_left_alone(tmp_path):

@@ -11,7 +11,8 @@ from s3pet_nb.core import UnknownName
 from s3pet_nb.gate import ShiftedSigmoid, StraightThrough
 from s3pet_nb.pet import PET_MODULES
 from s3pet_nb.search import SearchConfig, SearchStep
-from s3pet_nb.space import LINEAR, NORM, ROLES, SPACES, GatedModel, Rule, attach, make_space
+from s3pet_nb.space import (LINEAR, NORM, ROLES, SPACES, GatedModel, Rule, attach, lora_at, make_space, pack,
+                            unpack)
 
 HEAD = {"t5": "seq2seq"}
 EVERYTHING = tuple(Rule(name, ROLES) for name in PET_MODULES)
@@ -113,6 +114,8 @@ def test_mam_is_the_architecture_of_lawton_et_al_without_the_heads_biases():
     mam = make_space(model, "mam")
     assert (mam.n_backbone, mam.n_params) == (355_361_794, 5_777_410 - 1_026)
     assert mam.summary().parameters["bitfit"] == 272_386 - 1_026 == make_space(model, "bias").n_params
+    assert {rule.module: dict(rule.settings) for rule in mam.rules} == {
+        "bitfit": {}, "lora": {"r": 16, "init": "balanced"}}
 
 
 def test_counts_on_minilm():
@@ -327,12 +330,141 @@ def test_ranks_at_one_position_are_candidates_of_their_own_and_add_up():
 @pytest.mark.parametrize("rules, error, says", [
     ([Rule("lora", LINEAR, {"rank": 8})], UnknownName, "unknown setting of lora 'rank'"),
     ([Rule("lora", LINEAR, {"r": "8"})], ValueError, "r of lora is '8'"),
+    ([Rule("lora", LINEAR, {"init": "balance"})], UnknownName, "unknown initialisation 'balance'"),
+    ([Rule("lowrank_adapter", "ffn", {"init": "balanced"})], UnknownName, "choose one of glorot, zero"),
     ([Rule("lora", ("lm-head",))], UnknownName, "unknown role 'lm-head'"),
     ([Rule("lora", LINEAR), Rule("lora", "q")], ValueError, "two rules give encoder.0.q.lora"),
     ([Rule("bitfit", "lm_head")], ValueError, "fits nowhere")])
 def test_rules_are_refused_before_anything_is_built(rules, error, says):
     with pytest.raises(error, match=says):
         make_space(tiny("bert"), rules)
+
+
+@pytest.mark.parametrize("module", ["lora", "lowrank_adapter"])
+def test_an_unknown_initialisation_is_refused_by_the_module_too(module):
+    with pytest.raises(UnknownName, match="unknown initialisation 'kaiming'"):
+        PET_MODULES[module](positions(tiny("bert"))[0], init="kaiming")
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_balanced_lora_changes_nothing_until_it_is_trained(name, training):
+    "Not a bit of the logits, though both factors are there and both have a gradient at once."
+    model = variant(name)
+    batch = example_batch(model)
+    space = make_space(model, [Rule("lora", LINEAR, {"r": 3, "init": "balanced"})])
+
+    def logits(model: nn.Module) -> torch.Tensor:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return model(**batch).logits
+
+    model.train(training)
+    before = logits(model)
+    with attach(model, space) as gated:
+        gated.train(training)
+        assert torch.equal(logits(gated), before)
+        gated.meet(space.n_params // 2)
+        gated.sample(torch.rand(len(space), dtype=torch.float64))
+        assert torch.equal(logits(gated), before)
+        gated(**batch).loss.backward()
+        for pet in gated.pets:
+            assert pet.A.ne(0).all() and pet.B.ne(0).all()
+            assert pet.A.grad.ne(0).any() and pet.B.grad.ne(0).any()
+        assert not any(key.endswith(("A0", "B0")) for key in gated.pets.state_dict())
+        fill(gated)
+        assert not torch.allclose(logits(gated), before)
+    assert torch.equal(logits(model), before)
+
+
+def test_balanced_lora_is_the_change_of_the_product():
+    model = tiny("bert").double()
+    batch = example_batch(model)
+    space = make_space(model, [Rule("lora", ("q", "wo"), {"r": 4, "lora_alpha": 8.0, "init": "balanced"})])
+    with torch.no_grad():
+        with attach(model, space) as gated:
+            gated.pets.double()
+            start = [pet.B @ pet.A for pet in gated.pets]
+            for pet in gated.pets:
+                pet.A += torch.randn_like(pet.A)
+                pet.B += torch.randn_like(pet.B)
+            gated.z = torch.linspace(0.2, 1, len(space))
+            attached = gated(**batch).logits
+            changes = [(candidate.position.path, z.double() * 2 * (pet.B @ pet.A - product)) for
+                       candidate, pet, z, product in zip(space.candidates, gated.pets, gated.open, start)]
+        for path, change in changes:
+            model.get_submodule(path).weight += change
+        torch.testing.assert_close(attached, model(**batch).logits)
+
+
+@pytest.mark.parametrize("widths", [(768, 768), (768, 3072), (3072, 768)])
+def test_balanced_factors_have_gradients_of_equal_size(widths):
+    d_in, d_out = widths
+    position = positions(tiny("bert"))[0]
+    place = type(position)(**{**vars(position), "d_in": d_in, "d_out": d_out})
+    torch.manual_seed(0)
+    squares = torch.zeros(2)
+    for _ in range(10):
+        lora = PET_MODULES["lora"](place, r=16, init="balanced")
+        assert lora.A.std().item() == pytest.approx(d_in ** -0.5, rel=0.05)
+        assert lora.B.std().item() == pytest.approx(d_out ** -0.5, rel=0.05)
+        h_in, grad = torch.randn(64, d_in), torch.randn(64, d_out)
+        lora(h_in, None, torch.tensor(1.0)).backward(grad)
+        squares += torch.stack([lora.A.grad.square().mean(), lora.B.grad.square().mean()])
+    assert (squares[0] / squares[1]).item() == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_initial_weights_depend_on_the_seed_and_the_name_alone(name):
+    model = variant(name)
+    space = make_space(model, EVERYTHING + (Rule("lora", LINEAR, {"r": 2, "init": "balanced"}),
+                                            Rule("lowrank_adapter", "ffn", {"init": "glorot"})))
+
+    def start(space, seed: int) -> dict:
+        with attach(model, space, seed=seed) as gated:
+            return {key: weight for key, weight in gated.tensors().items() if not key.startswith("head.")}
+
+    state = torch.get_rng_state()
+    whole = start(space, 3)
+    assert torch.equal(torch.get_rng_state(), state), "attaching leaves torch's own seed alone"
+    torch.rand(3)
+    mask = torch.rand(len(space)) < 0.3
+    for part in space.subset(mask), make_space(model, space.rules[::-1]):
+        same = start(part, 3)
+        assert same and all(torch.equal(weight, whole[key]) for key, weight in same.items())
+    other = start(space, 4)
+    random = [key for key, weight in whole.items() if weight.ne(0).any() and weight.unique().numel() > 1]
+    assert random and not any(torch.equal(other[key], whole[key]) for key in random)
+    first = [whole[key].flatten()[0].item() for key in random]
+    assert len(set(first)) == len(first), "no two weights start alike"
+
+
+def test_masks_are_packed_and_unpacked():
+    rng = torch.Generator().manual_seed(0)
+    for shape in (1,), (8,), (17,), (3, 5), (16, 1), (4, 0):
+        mask = torch.rand(shape, generator=rng) < 0.5
+        bits = pack(mask)
+        assert isinstance(bits, bytes) and len(bits) == -(-mask.numel() // 8)
+        assert torch.equal(unpack(bits, shape), mask) and unpack(bits, shape).dtype == torch.bool
+    mask = torch.rand(5, 3, generator=rng) < 0.5
+    assert torch.equal(unpack(pack(mask.T), (3, 5)), mask.T)
+    with pytest.raises(ValueError, match="a mask of 17 entries has 3 bytes, not 2"):
+        unpack(b"ab", (17,))
+
+
+def test_lora_of_another_rank_and_elsewhere():
+    assert lora_at(SPACES["mam"]) == SPACES["mam"]
+    bias, lora = lora_at(SPACES["mam"], r=4, roles=["v"])
+    assert bias == SPACES["mam"][0] and lora.roles == ("v",)
+    assert dict(lora.settings) == {"r": 4, "init": "balanced", "lora_alpha": 4.0}
+    assert lora_at(SPACES["mam"], roles=["o"])[1].settings == {"r": 16, "init": "balanced"}
+    assert lora_at(SPACES["lora"], r=2)[0] == Rule("lora", LINEAR, {"r": 2, "lora_alpha": 2.0})
+    space = make_space(tiny("bert"), lora_at(SPACES["mam"], r=4, roles=["v"]))
+    assert space.summary().loc["lora"].tolist() == [2, 2 * 4 * 32]
+    with pytest.raises(ValueError, match="there is no LoRA in these rules"):
+        lora_at(SPACES["bias"], r=4)
+    with pytest.raises(ValueError, match="it is -1"):
+        lora_at(SPACES["mam"], r=-1)
 
 
 def test_a_space_keeps_the_rules_that_it_was_made_from():

@@ -35,7 +35,6 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LinearLR
 
 from .backbone import checkpointing
 from .bilevel import ORDERS, Auto, hypergrad
@@ -67,17 +66,18 @@ class SearchConfig:
 
 # %% ../nbs/api/13_search.ipynb #13-search-008
 class Stepper:
-    "AdamW with a clipped gradient and a rate that falls linearly to 0."
+    "AdamW with a clipped gradient and a rate that falls linearly to 0, perhaps after a linear warm-up."
 
     def __init__(self,
                  weights: Iterable[nn.Parameter],
-                 lr: float,  # of the first step
+                 lr: float,  # highest rate, that of the first step after the warm-up
                  clip: float,  # largest norm of the gradient
                  n_steps: int,  # until the rate is 0
+                 n_warmup: int = 0,  # of them, while the rate rises from 0
                  ):
         self.weights, self.clip = list(weights), clip
         self.optimizer = AdamW(self.weights, lr=lr, weight_decay=0.0)
-        self.schedule = LinearLR(self.optimizer, start_factor=1.0, end_factor=0.0, total_iters=n_steps)
+        self.schedule = transformers.get_linear_schedule_with_warmup(self.optimizer, n_warmup, n_steps)
 
     @property
     def lr(self) -> float:
@@ -463,6 +463,6 @@ def search(
         pairs = Pairs(loader_delta, loader_alpha, config.compute.batches)
         learner = Learner(step, pairs, config.steps, "search", log, [*callbacks, gates, evaluate], checkpoint)
         learner.fit()
-    best = evaluate.best_step
+    best = evaluate.kept_step
     return SearchResult(space, gates.history[best], best, B, order, config.seed, learner.step,
                         evaluate.scores, gates.history, step.passes, learner.seconds, config.steps, gate)

@@ -106,14 +106,15 @@ def static_notebook(
     return copy, None
 
 # %% ../nbs/api/24_report.ipynb #24-report-016
-OPTIONS = {"demo": ("seed",), "search": ("task", "backbone", "budget", "seed", "data_dir", "space")}
+_COMMON = "task", "backbone", "budget", "seed", "data_dir", "space"
+OPTIONS = {"demo": ("seed",), "search": _COMMON, "prune": (*_COMMON, "granularity", "criterion")}
 
 
 def command(
     run: Run,
 ) -> str:
     "The line for a terminal that makes this run again; what is as in the study it starts from is left out."
-    name = "demo" if run.study == "demo" else "search"
+    name = "demo" if run.study == "demo" else "prune" if "criterion" in run.params else "search"
     base = study(name)
     usual = resolve(base.template, base.params)
     words = ["s3pet", name]
@@ -128,6 +129,21 @@ def command(
 def _stopped_early(result: Mapping) -> str | None:
     early = (result.get("search") or {}).get("early_stop")
     return early and f"at step {early['step']:,}, {early['saved']:.0%} of the steps saved"
+
+
+def _criterion(params: Mapping) -> str | None:
+    if "criterion" not in params:
+        return None
+    last = params["average_over"]
+    return params["criterion"] + {0: ", mean over all steps", 1: " at the end of training"}.get(
+        last, f", mean over the last {last:,} steps")
+
+
+def _pruned(params: Mapping) -> str | None:
+    if "granularity" not in params:
+        return None
+    rounds = params["rounds"]
+    return f"{params['granularity']}, in {'one round' if rounds == 1 else f'{rounds} rounds'}"
 
 
 def facts(
@@ -147,6 +163,9 @@ def facts(
         "Search space": space,
         "Gate and order": ", ".join(params[name] for name in ("gate", "order") if name in params) or None,
         "Stopped early": _stopped_early(result),
+        "Criterion": _criterion(params),
+        "Pruning": _pruned(params),
+        "Protocol": params.get("protocol"),
         "Seed": params.get("seed"),
         "Time and memory": ", ".join(cost) or None,
         "Run": f"{run.study}/{run.id}",
@@ -175,7 +194,7 @@ def head_html(
             f"<code>{html.escape(command(run))}</code></p>"
             '<label class="switch"><input type="checkbox" id="show-code"> show the code</label></header>')
 
-# %% ../nbs/api/24_report.ipynb #24-report-022
+# %% ../nbs/api/24_report.ipynb #24-report-024
 STYLE = """
 :root { color-scheme: light dark; --ink: #24292f; --soft: #5d6670; --line: #dfe3e8; --page: #fff;
   --tint: #f5f6f8; --link: #0072b2; }
@@ -241,7 +260,7 @@ footer { color: var(--soft); font-size: 13px; padding-top: 20px; padding-bottom:
 }
 """
 
-# %% ../nbs/api/24_report.ipynb #24-report-024
+# %% ../nbs/api/24_report.ipynb #24-report-026
 TEMPLATE = """
 {%- extends 'lab/index.html.j2' -%}
 {%- block html_head -%}
@@ -273,7 +292,7 @@ def page(
     return exporter.from_notebook_node(notebook, resources=resources)[0]
 
 
-FILES = "run.ipynb", "params.json", "log.jsonl", "structure.json", "result.json"
+FILES = ("run.ipynb", "params.json", "log.jsonl", "structure.json", "structure.safetensors", "result.json")
 
 
 def report(
@@ -292,7 +311,7 @@ def report(
     write_text(run.folder / "report.html", text)
     return run.folder / "report.html"
 
-# %% ../nbs/api/24_report.ipynb #24-report-029
+# %% ../nbs/api/24_report.ipynb #24-report-031
 def score_texts(
     result: Mapping,
 ) -> dict[str, str]:

@@ -5,7 +5,8 @@ A run is a folder, `reports/<study>/<run-id>/`, and nothing else remembers it. I
 - `params.json`, what was asked for, every value resolved;
 - `log.jsonl`, what happened, one JSON record a line, written as it happens;
 - `checkpoints/`, from which a run that was stopped goes on; gone when it is done;
-- `structure.json`, the structure that was found (written by `Structure.save`);
+- `structure.json`, the structure that was found (written by `Structure.save`), with `structure.safetensors`
+  where modules are kept in part;
 - `result.json`, the numbers, written last: a run that has it is done;
 - `run.ipynb` and `report.html`, the executed notebook and the page made of it.
 
@@ -140,7 +141,8 @@ class Run:
         if run.done:
             return run
         goes_on = any((folder / "checkpoints").glob("*.safetensors"))
-        for name in "structure.json", "result.json", *([] if goes_on else ["log.jsonl"]):
+        stale = ["structure.json", "structure.safetensors", "result.json"]
+        for name in stale + ([] if goes_on else ["log.jsonl"]):
             (folder / name).unlink(missing_ok=True)
         write_json(folder / "params.json", params)
         return run

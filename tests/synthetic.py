@@ -1,4 +1,4 @@
-"""A run folder as a search leaves it, made of plain numbers: no model, no training."""
+"""Run folders as a search and a pruning leave them, made of plain numbers: no model, no training."""
 
 import math
 import random
@@ -74,6 +74,24 @@ def pick(space: list[dict], p: list[float], budget: int) -> list[dict]:
                 | {"settings": {}, "p": value, "path": entry["name"]}
             )
     return modules
+
+
+def retrain(run: Run, sizes: dict[str, int], steps: int, rng: random.Random) -> list[dict]:
+    "Log a re-training of 2 * steps for each label, worse from one to the next, and give their rows."
+    rows = []
+    for k, (label, size) in enumerate(sizes.items()):
+        for step in range(1, 2 * steps + 1):
+            loss = 0.2 + (0.4 + 0.02 * k) * math.exp(-2.5 * step / steps) + rng.gauss(0, 0.02)
+            run.log({"event": "step", "phase": label, "step": step, "steps": 2 * steps, "seconds": 0.2,
+                     "loss": loss})
+            if step % (steps // 3) == 0:
+                score = 0.82 - 0.02 * k - 0.2 * math.exp(-3 * step / steps)
+                run.log({"event": "score", "phase": label, "step": step, "score": score})
+        rows.append({"label": label, "structure": "21 bitfit, 2 lnfit" if label != "lora-r1" else "36 lora",
+                     "modules": 23, "n_params": size, "head_params": 770, "validation": 0.83 - 0.02 * k,
+                     "test": 0.82 - 0.018 * k, "test/unseen_words": 0.78 - 0.02 * k, "steps": 2 * steps,
+                     "seconds": 24.0 + k})
+    return rows
 
 
 def make_run(
@@ -160,47 +178,8 @@ def make_run(
             "modules": modules,
         },
     )
-    rows = []
-    for k, label in enumerate(RETRAININGS):
-        for step in range(1, 2 * steps + 1):
-            run.log(
-                {
-                    "event": "step",
-                    "phase": label,
-                    "step": step,
-                    "steps": 2 * steps,
-                    "seconds": 0.2,
-                    "loss": 0.2 + (0.4 + 0.02 * k) * math.exp(-2.5 * step / steps) + rng.gauss(0, 0.02),
-                }
-            )
-            if step % (steps // 3) == 0:
-                run.log(
-                    {
-                        "event": "score",
-                        "phase": label,
-                        "step": step,
-                        "score": 0.82 - 0.02 * k - 0.2 * math.exp(-3 * step / steps),
-                    }
-                )
-        own = (
-            sum(module["n"] for module in modules)
-            if label == "searched"
-            else (41_472 if label == "lora-r1" else budget - 64 * k)
-        )
-        rows.append(
-            {
-                "label": label,
-                "structure": "21 bitfit, 2 lnfit" if label != "lora-r1" else "36 lora",
-                "modules": len(modules),
-                "n_params": own,
-                "head_params": 770,
-                "validation": 0.83 - 0.02 * k,
-                "test": 0.82 - 0.018 * k,
-                "test/unseen_words": 0.78 - 0.02 * k,
-                "steps": 2 * steps,
-                "seconds": 24.0 + k,
-            }
-        )
+    own = sum(module["n"] for module in modules)
+    rows = retrain(run, dict.fromkeys(RETRAININGS, budget) | {"searched": own, "lora-r1": 41_472}, steps, rng)
     if finished:
         run.save_result(
             {
@@ -229,6 +208,82 @@ def make_run(
                 "versions": {"s3pet_nb": "0.1.0"},
             }
         )
+    return run
+
+
+def prune(space: list[dict], scores: list[float], budget: int, structured: bool) -> list[int]:
+    "Entries kept of each candidate: whole ones by score, or of each a part, larger in the middle layers."
+    if structured:
+        kept = [0] * len(space)
+        for i in sorted(range(len(space)), key=lambda i: -scores[i]):
+            kept[i] = space[i]["n"] if sum(kept) + space[i]["n"] <= budget else 0
+        return kept
+    whole = sum(score * entry["n"] for score, entry in zip(scores, space))
+    return [min(entry["n"], int(budget * score * entry["n"] / whole)) for score, entry in zip(scores, space)]
+
+
+def make_pruned(
+    root: Path,
+    stacks: dict[str, int] | None = None,  # layers of each stack; the biases of MiniLM without
+    granularity: str = "unstructured",
+    rounds: int = 1,
+    share: float = 0.18,  # of all biases
+    steps: int = 60,
+    seed: int = 0,
+    study: str = "prune",
+    finished: bool = True,
+    **params,
+) -> Run:
+    "A run folder with params, log, structure and result, as the pruning template writes them."
+    space = [entry for entry in candidates(stacks or {"encoder": 6}) if entry["module"] == "bitfit"]
+    whole = sum(entry["n"] for entry in space)
+    budget, rng = round(share * whole), random.Random(seed)
+    layers = (stacks or {"encoder": 6}).values()
+    middle = (max(layers) - 1) / 2
+    scores = [rng.uniform(0.2, 1.8) / (1 + abs((entry["layer"] or 0) - middle) / max(layers))
+              * (1.8 if entry["role"] == "wi" else 1) for entry in space]
+    run = Run.create(root, study, {
+        "task": "glue/cola", "backbone": "minilm", "data_dir": "", "space": "bias", "budget": float(budget),
+        "granularity": granularity, "criterion": "first-order", "average_over": 0, "rounds": rounds,
+        "protocol": "lawton", "seed": seed} | params, code="synthetic")
+    if run.done:
+        return run
+
+    run.log({"event": "space", "space": "bias", "candidates": space, "budget": budget})
+    budgets = [round(whole * (budget / whole) ** (k / rounds)) for k in range(1, rounds + 1)]
+    for k, smaller in enumerate(budgets, start=1):
+        for step in range(1, steps + 1):
+            loss = 0.2 + (0.4 + 0.03 * k) * math.exp(-2.5 * step / steps) + rng.gauss(0, 0.02)
+            run.log({"event": "step", "phase": f"prune-{k}", "step": step, "steps": steps, "loss": loss,
+                     "seconds": 0.2})
+            if step % (steps // 3) == 0:
+                score = 0.84 - 0.01 * k - 0.2 * math.exp(-3 * step / steps)
+                run.log({"event": "score", "phase": f"prune-{k}", "step": step, "score": score})
+        kept = prune(space, scores, smaller, granularity == "structured")
+        run.log({"event": "scores", "phase": f"prune-{k}", "step": steps, "budget": smaller,
+                 "criterion": run.params["criterion"], "score": scores, "kept": kept})
+    places = [{name: entry[name] for name in ("stack", "layer", "role", "module")}
+              | {"n": n, "of": entry["n"], "score": score} for entry, n, score in zip(space, kept, scores)]
+    modules = [place | {"settings": {}, "p": None, "path": entry["name"]}
+               for entry, place in zip(space, places) if place["n"]]
+    write_json(run.folder / "structure.json", {
+        "schema": 3, "backbone": "minilm", "n_backbone": 22_713_216, "family": "bert", "space": "bias",
+        "task": run.params["task"], "budget": budget, "method": f"prune-{granularity}", "seed": seed,
+        "version": "0.1.0", "masks": "0" * 64, "modules": modules})
+    sizes = {"searched": sum(kept), "random-1": budget, "bitfit": whole, "finetune": 22_713_216}
+    rows = retrain(run, sizes, steps, rng)
+    rows[-1]["modules"] = None
+    if finished:
+        run.save_result({
+            "task": run.params["task"], "metric": "matthews_correlation", "backbone": "minilm",
+            "n_backbone": 22_713_216, "family": "bert", "budget": budget,
+            "space": {"name": "bias", "candidates": len(space), "n_params": whole},
+            "prune": {"criterion": run.params["criterion"], "granularity": granularity, "average_over": 0,
+                      "rounds": rounds, "budgets": budgets, "steps": steps * rounds, "seconds": 0.2 * steps,
+                      "protocol": "lawton"},
+            "kept": [place | {"name": entry["name"]} for entry, place in zip(space, places)],
+            "data": {"rows": {"train": 8_551, "validation": 1_043}}, "rows": rows, "seconds": 180.0,
+            "device": "cpu", "threads": 2, "peak_memory_mb": 1800.0, "versions": {"s3pet_nb": "0.1.0"}})
     return run
 
 
@@ -271,12 +326,28 @@ TEMPLATE = [
     ("code", "remove-output", "print('removed' + ' output')"),
 ]
 N_FIGURES = 5
+PRUNE_TEMPLATE = [
+    ("code", "injected-parameters", "folder = {folder!r}"),
+    (
+        "code",
+        "",
+        "import plotly.io\nfrom s3pet_nb import plot\nfrom s3pet_nb.store import Run\n"
+        "plotly.io.renderers.default = 'plotly_mimetype'\nrun = Run(folder)",
+    ),
+    ("md", "", "## What was kept"),
+    ("code", "", "plot.plot_share(run).show()"),
+    ("code", "", "plot.table(plot.structure_frame(run), 'The pruned structure')"),
+    ("md", "", "## The comparison"),
+    ("code", "", "plot.plot_comparison(run).show()\nplot.plot_sizes(run).show()"),
+    ("code", "", "plot.table(plot.comparison_frame(run))"),
+    ("code", "", "plot.plot_loss(run).show()\nplot.plot_score(run).show()"),
+]
 
 
-def execute_notebook(run: Run) -> None:
-    "Write run.ipynb as a kernel leaves it: five figures and three tables."
+def execute_notebook(run: Run, template: list = TEMPLATE) -> None:
+    "Write run.ipynb as a kernel leaves it: five figures, and three tables or two."
     cells = []
-    for kind, tag, source in TEMPLATE:
+    for kind, tag, source in template:
         make = nbformat.v4.new_markdown_cell if kind == "md" else nbformat.v4.new_code_cell
         source = source.replace("{folder!r}", repr(str(run.folder)))
         cells.append(make(source, metadata={"tags": [tag]} if tag else {}))

@@ -29,7 +29,7 @@ def invoke(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tiny_template(tmp_path, monkeypatch):
-    "A project whose template 'search' has the agreed parameters and only writes them down."
+    "A project whose templates have the agreed parameters and only write them down."
     parameters = "\n".join(f"{name} = {value!r}" for name, value in {
         "run_folder": "", "task": "agreement", "backbone": "minilm", "data_dir": None, "space": "mix",
         "budget": 1e-3, "gate": "global", "order": "auto", "seed": 0, "search_steps": 4, "retrain_steps": 4,
@@ -47,10 +47,14 @@ Run(run_folder).save_result({{"task": task, "metric": "accuracy", "budget": 4542
     for kind in "templates", "studies":
         (package / kind).mkdir(parents=True)
     nbformat.write(notebook, package / "templates" / "search.ipynb")
-    for name in "demo", "search":
-        (package / "studies" / f"{name}.yml").write_text("template: search\nparams: {search_steps: 5}\n")
+    notebook.cells[0].source += ('\nprune_steps = 4\ngranularity = "structured"\ncriterion = "first-order"\n'
+                                 "average_over = 0\nrounds = 1")
+    nbformat.write(notebook, package / "templates" / "prune.ipynb")
+    for name, template in {"demo": "search", "search": "search", "prune": "prune"}.items():
+        (package / "studies" / f"{name}.yml").write_text(
+            f"template: {template}\nparams: {{search_steps: 5}}\n")
     monkeypatch.setattr("s3pet_nb.run.PACKAGE", package)
-    monkeypatch.setattr("s3pet_nb.cli.check", lambda params: None)  # it asks for what this template lacks
+    monkeypatch.setattr("s3pet_nb.cli.CHECKS", {})  # they ask for what these templates lack
 
 
 def test_values_are_read_as_the_type_of_the_default():
@@ -111,7 +115,7 @@ def test_a_value_is_never_executed(tmp_path):
 ])
 def test_names_and_folders_are_checked_before_a_kernel_starts(wrong, sentence):
     with pytest.raises((LookupError, ValueError, OSError), match=sentence):
-        check({**FINE, **wrong})
+        check("search", {**FINE, **wrong})
 
 
 @pytest.mark.parametrize("fine", [
@@ -124,7 +128,7 @@ def test_names_and_folders_are_checked_before_a_kernel_starts(wrong, sentence):
     {"baselines": [], "n_random": 0},
 ])
 def test_what_can_run_is_let_through(fine):
-    check({**FINE, **fine})
+    check("search", {**FINE, **fine})
 
 
 def test_a_structure_file_must_fit_the_backbone(tmp_path):
@@ -132,10 +136,72 @@ def test_a_structure_file_must_fit_the_backbone(tmp_path):
     random_structure(make_space(blueprint("minilm")), 5000, seed=0).save(fitting)
     random_structure(make_space(tiny("bert")), 100, seed=0).save(strange)
     broken.write_text(fitting.read_text()[:-50])
-    check({**FINE, "structures": [str(fitting)]})
+    check("search", {**FINE, "structures": [str(fitting)]})
     for path, sentence in (strange, "has no place of its size"), (broken, "is not a structure file"):
         with pytest.raises(ValueError, match=sentence):
-            check({**FINE, "structures": [str(fitting), str(path)]})
+            check("search", {**FINE, "structures": [str(fitting), str(path)]})
+
+
+@pytest.fixture(scope="module")
+def fine_pruning():
+    return resolve("prune", {})
+
+
+@pytest.mark.parametrize("wrong, sentence", [
+    ({"task": "glue/colla"}, "did you mean 'glue/cola'"),
+    ({"space": "bais"}, "unknown search space 'bais'; did you mean 'bias'"),
+    ({"criterion": "frist-order"}, "unknown pruning criterion 'frist-order'; did you mean 'first-order'"),
+    ({"granularity": "structred"}, "unknown granularity 'structred'; did you mean 'structured'"),
+    ({"protocol": "lawtn"}, "unknown protocol 'lawtn'; did you mean 'lawton'"),
+    ({"precision": "bf61"}, "did you mean 'bf16'"),
+    ({"baselines": ["lawton-lroa"]}, "did you mean 'lawton-lora'"),
+    ({"rounds": 0}, "rounds is 0; give at least 1"),
+    ({"evaluate_every": -1}, "evaluate_every is -1; give 0 or more"),
+    ({"average_over": -1}, "average_over is -1; give 0 or more"),
+    ({"rank": -1}, "rank is -1; give 0 or more"),
+    ({"prune_steps": -1}, "prune_steps is -1"),
+    ({"retrain_steps": -1}, "retrain_steps is -1"),
+    ({"lr": -1e-3}, "lr is -0.001; give 0 or more"),
+    ({"prune_lr": -1.0}, "prune_lr is -1.0"),
+    ({"finetune_lr": -1.0}, "finetune_lr is -1.0"),
+    ({"rank": 4}, "LoRA"),
+    ({"targets": ["q"]}, "LoRA"),
+    ({"space": "mam", "targets": ["q", "querry"]}, "unknown role 'querry'"),
+    ({"data_dir": "/no/such/folder"}, "no folder '/no/such/folder'; give a data_dir"),
+    ({"backbone": "minlm"}, "did you mean 'minilm'"),
+    ({"budget": 0.0}, "budget 0.0 is not a positive number"),
+    ({"budget": 1e-9}, "is 0 parameters"),
+    ({"budget": 1535.0, "granularity": "structured"},
+     "1,535 parameters may keep nothing, since structured pruning removes up to 1,536 at once"),
+    ({"space": "lora", "rank": 2, "budget": 1919.0}, "removes up to 1,920 at once"),
+    ({"budget": 25_728.0}, "a budget of 25,728 prunes nothing, there are 25,728 parameters"),
+    ({"budget": 25_728.0, "rounds": 3}, "a budget of 25,728 prunes nothing"),
+    ({"budget": 0.5}, "prunes nothing"),
+    ({"budget": 25_727.0, "rounds": 3}, "would repeat a budget; give fewer rounds"),
+    ({"prune_steps": 0}, "protocol 'lawton' has no epochs for task 'agreement'; give prune_steps"),
+    ({"retrain_steps": 0}, "has no epochs for task 'agreement'"),
+    ({"structures": ["gone.json"]}, "no structure file 'gone.json'"),
+])
+def test_a_pruning_that_cannot_run_is_refused(fine_pruning, wrong, sentence):
+    with pytest.raises((LookupError, ValueError, OSError), match=sentence):
+        check("prune", {**fine_pruning, **wrong})
+
+
+@pytest.mark.parametrize("fine", [
+    {},
+    {"budget": 1536.0, "granularity": "structured"},
+    {"budget": 1.0, "granularity": "unstructured"},
+    {"budget": 4000.0, "granularity": "unstructured", "rounds": 3, "average_over": 1, "evaluate_every": 0},
+    {"space": "mam", "rank": 4, "targets": ["q", "k", "v"], "budget": 5000.0},
+    {"space": "lora", "rank": 2, "budget": 1920.0},
+    {"baselines": ["lawton-lora", "lawton-mam", "finetune"], "n_random": 0},
+])
+def test_a_pruning_that_can_run_is_let_through(fine_pruning, fine):
+    check("prune", {**fine_pruning, **fine})
+
+
+def test_a_template_of_ones_own_is_let_through():
+    check("my/template.ipynb", {"steps": 3})
 
 
 def test_an_interrupt_says_that_the_run_can_go_on(capsys):
@@ -150,6 +216,11 @@ def test_an_interrupt_says_that_the_run_can_go_on(capsys):
 @pytest.mark.parametrize("words, sentence", [
     (["search", "--task", "agrement"], "unknown task 'agrement'; did you mean 'agreement'?"),
     (["search", "--task", "agreement", "--space", "mixx"], "unknown search space 'mixx'"),
+    (["prune", "--task", "agreement", "--criterion", "magnitud"], "did you mean 'magnitude'"),
+    (["prune", "--task", "agreement", "--set", "rouns=2"], "did you mean 'rounds'"),
+    (["prune", "--task", "agreement"], "has no epochs for task 'agreement'"),
+    (["prune", "--task", "agreement", "--steps", "4", "--retrain-steps", "4", "--budget", "26000"],
+     "a budget of 26,000 prunes nothing"),
     (["search", "--task", "agreement", "--gate", "lokal"], "did you mean 'local'"),
     (["search", "--task", "agreement", "--set", "baselines=bitfti"], "unknown baseline 'bitfti'"),
     (["search", "--task", "agreement", "--budget", "-1"], "budget -1.0 is not a positive number"),
@@ -202,6 +273,22 @@ def test_search_passes_its_options_on(tiny_template, invoke, tmp_path):
                      "search_steps": 6, "retrain_steps": 7, "lr": 1e-3}
 
 
+def test_prune_passes_its_options_on(tiny_template, invoke, tmp_path):
+    (tmp_path / "data").mkdir()
+    ended = invoke("prune", "--task", "glue/cola", "--backbone", "some/model", "--budget", "25000",
+                   "--seed", "2", "--data-dir", "data", "--space", "mam", "--granularity", "unstructured",
+                   "--criterion", "fisher", "--steps", "0", "--retrain-steps", "7", "--out", "out",
+                   "--set", "rounds=3")
+    assert ended.exit_code == 0, ended.stderr
+    (folder,) = (tmp_path / "out" / "prune").iterdir()
+    asked = json.loads((folder / "params.json").read_text())
+    given = {"task": "glue/cola", "backbone": "some/model", "data_dir": str(tmp_path / "data"),
+             "space": "mam", "budget": 25_000.0, "granularity": "unstructured", "criterion": "fisher",
+             "seed": 2, "prune_steps": 0, "retrain_steps": 7, "rounds": 3}
+    assert given.items() <= asked.items()
+    assert "s3pet prune --task glue/cola" in (folder / "report.html").read_text()
+
+
 def test_a_failing_template_is_one_sentence_with_its_notebook(tiny_template, invoke, tmp_path):
     ended = invoke("demo", "--set", "search_steps=13")
     (folder,) = (tmp_path / "reports" / "demo").iterdir()
@@ -248,10 +335,12 @@ def test_help_imports_nothing_heavy():
     assert "search" in shown and shown.splitlines()[-1] == "[]"
 
 
-def test_help_fits_eighty_columns_and_names_every_option(monkeypatch):
+@pytest.mark.parametrize("command, own", [
+    ("search", ["gate", "order"]), ("prune", ["granularity", "criterion"])])
+def test_help_fits_eighty_columns_and_names_every_option(monkeypatch, command, own):
     monkeypatch.setenv("COLUMNS", "80")
-    shown = subprocess.run([*S3PET, "search", "--help"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run([*S3PET, command, "--help"], capture_output=True, text=True, check=True).stdout
     assert max(map(len, shown.splitlines())) <= 80
-    for name in ("task", "backbone", "budget", "seed", "data-dir", "space", "gate", "order", "steps", "out",
-                 "set"):
+    for name in ("task", "backbone", "budget", "seed", "data-dir", "space", *own, "steps", "retrain-steps",
+                 "out", "set"):
         assert f"--{name}" in shown

@@ -6,13 +6,16 @@ import math
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from synthetic import RETRAININGS, candidates, make_run
+import torch
+from synthetic import RETRAININGS, candidates, make_pruned, make_run
 
+from s3pet_nb.backbone import tiny
 from s3pet_nb.plot import (
     budget_frame,
     comparison_frame,
     loss_frame,
     mean_p_frame,
+    median_frame,
     mixed_frame,
     p_frame,
     p_grid,
@@ -25,12 +28,16 @@ from s3pet_nb.plot import (
     plot_mixed,
     plot_p,
     plot_score,
+    plot_share,
     plot_sizes,
     score_frame,
+    share_frame,
     structure_frame,
     table,
 )
+from s3pet_nb.space import make_space
 from s3pet_nb.store import Run
+from s3pet_nb.structure import Structure
 
 FIGURES = [plot_p, plot_budget, plot_loss, plot_score, plot_comparison, plot_sizes]
 
@@ -302,6 +309,170 @@ def test_structure_frame_of_a_run_and_of_a_file(run):
     assert list(frame) == ["stack", "layer", "role", "module", "n", "p"]
 
 
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    return make_pruned(tmp_path_factory.mktemp("reports"), rounds=3)
+
+
+@pytest.fixture(scope="module")
+def structured(tmp_path_factory):
+    "Three seeds."
+    root = tmp_path_factory.mktemp("reports")
+    return [make_pruned(root, granularity="structured", share=0.4, seed=seed) for seed in range(3)]
+
+
+def test_share_of_each_candidate_is_what_the_result_says(pruned):
+    frame = share_frame(pruned)
+    kept = pruned.result["kept"]
+    assert len(frame) == 49 == len(kept) and frame["of"].sum() == 25_728
+    assert frame["name"].tolist() == [entry["name"] for entry in kept]
+    assert frame.share.tolist() == [entry["n"] / entry["of"] for entry in kept]
+    assert frame.share @ frame["of"] == pytest.approx(pruned.result["rows"][0]["n_params"])
+    assert frame.low.equals(frame.share) and frame.high.equals(frame.share)
+    assert set(frame.kept_in) <= {0, 1} and frame.attrs["runs"] == 1 and frame.layer.isna().sum() == 1
+    assert share_frame(pruned.result).equals(frame), "a published result is enough"
+
+
+def test_mean_share_over_seeds(structured):
+    frame = share_frame(structured)
+    counts = [sum(run.result["kept"][k]["n"] > 0 for run in structured) for k in range(len(frame))]
+    assert frame.kept_in.tolist() == counts and {0, 1, 3} <= set(counts)
+    assert frame.share.tolist() == pytest.approx([count / 3 for count in counts])
+    assert frame.low.tolist() == [float(count == 3) for count in counts]
+    assert frame.high.tolist() == [float(count > 0) for count in counts]
+    mixed = share_frame([structured[0], structured[1].result, structured[2]])
+    assert mixed.equals(frame) and mixed.attrs["runs"] == 3
+
+
+def test_figure_of_the_shares(pruned, structured):
+    figure, frame = plot_share(pruned), share_frame(pruned)
+    rows, columns, placed = p_grid(frame)
+    assert rows[:2] == ["q · BitFit", "k · BitFit"] and columns == ["emb", "0", "1", "2", "3", "4", "5"]
+    for entry in placed.itertuples():
+        assert figure.data[0].z[entry.y][entry.x] == entry.share
+        assert f"<b>{entry.name}</b>" in figure.data[0].text[entry.y][entry.x]
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, frame.share.max())
+    assert 0.2 < frame.share.max() < 0.6 and "of all entries 17.9 %" in figure.layout.title.text
+    n = pruned.result["kept"][0]["n"]
+    assert f"{n} of 384 kept, {n / 384:.2%}" in figure.data[0].text[0][1]
+
+    figure, frame = plot_share(structured), share_frame(structured)
+    assert figure.layout.coloraxis.cmax == 1 and "mean over 3 runs" in figure.layout.title.text
+    (outlines,) = [trace for trace in figure.data if trace.name == "wholly kept"]
+    assert outlines.showlegend and len(outlines.x) == 6 * (frame.kept_in == 3).sum()
+    hover = [text for row in figure.data[0].text for text in row]
+    assert sum("anything of it in 1 of 3 runs" in text for text in hover) == (frame.kept_in == 1).sum()
+
+
+def test_an_outline_is_in_the_legend_once_even_if_the_first_panel_has_none(tmp_path):
+    run = make_pruned(tmp_path, {"encoder": 2, "decoder": 2})
+    kept = [entry | {"n": entry["of"] if entry["name"] == "decoder.1.q.bitfit" else 0}
+            for entry in run.result["kept"]]
+    figure = plot_share({**run.result, "kept": kept})
+    shown = [trace.showlegend for trace in figure.data if trace.name == "wholly kept"]
+    assert shown == [False, True]
+    legends = plot_share({**run.result, "kept": [entry | {"n": 1} for entry in kept]})
+    assert not any(trace.showlegend for trace in legends.data if trace.name == "wholly kept")
+
+
+def test_settings_that_all_modules_of_a_type_share_are_not_in_the_rows(tmp_path):
+    kept = [dict(stack="encoder", layer=0, role=role, module="lora", n=8, of=16, score=None,
+                 name=f"encoder.0.{role}.lora(r=16,init=balanced)") for role in ("q", "k")]
+    assert list(plot_share({"kept": kept}).layout.yaxis.ticktext) == ["q · LoRA", "k · LoRA"]
+
+
+def test_shares_of_different_candidates_are_refused(pruned, run, tmp_path):
+    larger = make_pruned(tmp_path, {"encoder": 7})
+    with pytest.raises(ValueError, match=rf"candidate 36 .* in run {pruned.id} and .* in result 1; a mean"):
+        share_frame([pruned, larger.result])
+    wider = [entry | {"of": 2 * entry["of"]} for entry in pruned.result["kept"]]
+    with pytest.raises(ValueError, match=r"candidate 0 is encoder.0.q.bitfit \(384\) in run .* \(768\)"):
+        share_frame([pruned, {"kept": wider}])
+    with pytest.raises(ValueError, match=f"run {run.id} has no list of what is kept"):
+        share_frame([pruned, run])
+    with pytest.raises(ValueError, match="give at least one"):
+        share_frame([])
+    with pytest.raises(ValueError, match="no result yet"):
+        share_frame(make_pruned(tmp_path, seed=1, steps=6, finished=False))
+
+
+ROUNDS = ["pruning, whole architecture", "pruning, round 2", "pruning, round 3"]
+
+
+def test_trainings_before_the_pruning_have_the_left_panel(pruned):
+    frame = loss_frame(pruned)
+    labels = ["searched", "random-1", "bitfit", "finetune"]
+    assert frame.groupby("curve", sort=False).size().to_dict() == {
+        **dict.fromkeys(ROUNDS, 60), **dict.fromkeys(labels, 120)}
+    for figure in plot_loss(pruned), plot_score(pruned):
+        titles = figure.layout.xaxis.title.text, figure.layout.xaxis2.title.text
+        assert titles == ("step of the pruning", "step of the re-training")
+        named = {trace.name: trace for trace in figure.data if trace.name}
+        assert list(named) == [*ROUNDS, "searched", "random", "bitfit", "finetune"]
+        assert {named[name].xaxis for name in ROUNDS} == {"x"} and named["searched"].xaxis == "x2"
+        assert len({named[name].line.dash for name in ROUNDS}) == 3
+    scores = score_frame(pruned)
+    assert scores[scores.phase == "prune-1"].step.tolist() == [20, 40, 60]
+
+
+def test_a_pruned_structure_shows_what_was_kept_of_what(pruned, structured):
+    frame = structure_frame(pruned)
+    assert list(frame) == ["stack", "layer", "role", "module", "n", "of", "score"]
+    assert frame.n.sum() == pruned.result["rows"][0]["n_params"] and (frame.n <= frame["of"]).all()
+    assert list(structure_frame(structured[0])) == ["stack", "layer", "role", "module", "n", "score"]
+
+
+def test_structure_frame_of_a_file_as_it_is_saved(tmp_path):
+    space = make_space(tiny("bert"), "bias")
+    masks = {f"{c.name}.b": torch.arange(c.n) < min(k, c.n) for k, c in enumerate(space.candidates)}
+    scores = torch.linspace(-1, 1, len(space))
+    Structure.pruned(space, masks, scores, budget=500, method="prune").save(tmp_path / "structure.json")
+    frame = structure_frame(tmp_path / "structure.json")
+    sizes = space.n[1:].tolist()
+    assert frame["of"].tolist() == sizes and frame.n.tolist() == [min(k, n) for k, n in enumerate(sizes, 1)]
+    assert frame.score.tolist() == pytest.approx(scores[1:].tolist()) and "p" not in frame
+
+
+def test_medians_over_seeds(structured):
+    for run, shift in zip(structured, (0.0, 0.05, 0.01)):
+        rows = [row | {"test": row["test"] + shift} for row in run.result["rows"]]
+        run.save_result({**run.result, "rows": rows})
+    frame = median_frame(structured)
+    assert list(frame) == ["task", "label", "seeds", "validation", "validation_low", "validation_high",
+                           "test", "test_low", "test_high"]
+    assert frame.label.tolist() == ["searched", "random-1", "bitfit", "finetune"]
+    assert set(frame.seeds) == {3} and set(frame.task) == {"glue/cola"}
+    first = frame.iloc[0]
+    assert (first.test, first.test_low, first.test_high) == pytest.approx((0.83, 0.82, 0.87))
+    assert first.validation == first.validation_low == first.validation_high == 0.83
+
+
+def test_a_median_mixes_no_two_settings(tmp_path):
+    asked = [dict(seed=seed, criterion=criterion, task=task) for task in ("glue/cola", "glue/rte")
+             for criterion in ("first-order", "random") for seed in (0, 1)]
+    frame = median_frame([make_pruned(tmp_path, steps=6, **one) for one in asked])
+    assert list(frame)[:4] == ["task", "criterion", "label", "seeds"] and set(frame.seeds) == {2}
+    assert list(zip(frame.task, frame.criterion))[::4] == [
+        ("glue/cola", "first-order"), ("glue/cola", "random"), ("glue/rte", "first-order"),
+        ("glue/rte", "random")]
+
+
+def test_a_seed_counts_once_in_a_median(tmp_path):
+    one, other = (make_pruned(tmp_path / name, steps=6) for name in ("old", "new"))
+    with pytest.raises(ValueError, match="two runs of glue/cola with seed 0 and the same parameters"):
+        median_frame([one, other])
+    with pytest.raises(ValueError, match="give at least one"):
+        median_frame([])
+    with pytest.raises(ValueError, match="no result yet"):
+        median_frame([one, make_pruned(tmp_path, steps=6, seed=1, finished=False)])
+
+
+@pytest.mark.parametrize("draw", [plot_share, plot_loss, plot_score, plot_comparison, plot_sizes])
+def test_figures_of_a_pruning_are_small(pruned, draw):
+    figure = draw(pruned)
+    assert figure.layout.width is None and len(figure.to_json()) < 60_000
+
+
 def test_comparison_never_hides_a_seed(run):
     frame = comparison_frame(run)
     assert frame.label.tolist() == RETRAININGS
@@ -375,7 +546,8 @@ def test_figures_take_their_width_from_the_page_and_are_small(run, draw):
 
 
 @pytest.mark.parametrize(
-    "read", [p_frame, budget_frame, mixed_frame, loss_frame, score_frame, structure_frame, comparison_frame]
+    "read", [p_frame, budget_frame, mixed_frame, loss_frame, score_frame, structure_frame, comparison_frame,
+             share_frame]
 )
 def test_a_run_without_records_says_what_is_missing(tmp_path, read):
     with pytest.raises(ValueError, match="no record|no structure yet|no result yet"):

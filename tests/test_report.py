@@ -8,7 +8,7 @@ import shutil
 import nbformat
 import pytest
 from plotly.offline import get_plotlyjs
-from synthetic import N_FIGURES, execute_notebook, make_run
+from synthetic import N_FIGURES, PRUNE_TEMPLATE, execute_notebook, make_pruned, make_run
 
 from s3pet_nb.plot import comparison_frame, plot_sizes, table
 from s3pet_nb.report import command, facts, index, report, static_notebook
@@ -29,6 +29,13 @@ EVIL = "<script>alert(1)</script>"
 def run(tmp_path_factory):
     run = make_run(tmp_path_factory.mktemp("reports"), study="search", task=EVIL)
     execute_notebook(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    run = make_pruned(tmp_path_factory.mktemp("pruned"), rounds=3)
+    execute_notebook(run, PRUNE_TEMPLATE)
     return run
 
 
@@ -112,6 +119,39 @@ def test_head_says_gate_order_and_an_early_stop(tmp_path):
         search = {**run.result["search"], "gate": "local", "gap": 0.0, "early_stop": early}
         run.save_result({**run.result, "search": search})
         assert facts(run).get("Stopped early") == said
+
+
+@pytest.mark.parametrize("asked, said", [
+    ({}, {"Criterion": "first-order, mean over all steps", "Pruning": "unstructured, in one round"}),
+    ({"average_over": 1, "granularity": "structured", "rounds": 3},
+     {"Criterion": "first-order at the end of training", "Pruning": "structured, in 3 rounds"}),
+    ({"average_over": 20}, {"Criterion": "first-order, mean over the last 20 steps"}),
+])
+def test_head_says_how_it_was_pruned_before_there_is_a_result_too(tmp_path, asked, said):
+    run = make_pruned(tmp_path, steps=6, finished=False, **asked)
+    assert (said | {"Protocol": "lawton"}).items() <= facts(run).items()
+
+
+def test_head_of_a_search_says_nothing_of_pruning(run):
+    assert not {"Criterion", "Pruning", "Protocol"} & set(facts(run))
+
+
+@pytest.mark.parametrize("study", ["prune", "budgets"])
+def test_a_pruning_is_asked_for_again_by_its_own_command(tmp_path, study):
+    run = make_pruned(tmp_path, steps=6, finished=False, study=study, average_over=1)
+    assert command(run) == (
+        "s3pet prune --task glue/cola --backbone minilm --space bias --budget 4631.0 "
+        "--granularity unstructured --criterion first-order --set average_over=1 --seed 0")
+
+
+def test_page_of_a_pruning(pruned):
+    body = body_of(report(pruned))
+    assert body.count("Plotly.newPlot(") == N_FIGURES and "The pruned structure" in body
+    assert "first-order, mean over all steps" in body and "unstructured, in 3 rounds" in body
+    assert "4,631 parameters" in body and "s3pet prune --task glue/cola" in body
+    (pruned.folder / "structure.safetensors").write_bytes(b"masks")
+    assert '<a href="structure.safetensors">' in body_of(report(pruned))
+    assert "<td>0.820</td>" in index(pruned.folder.parent.parent).read_text()
 
 
 def test_a_result_with_full_finetuning_and_other_baselines_is_shown(tmp_path):
@@ -235,7 +275,7 @@ def n_drawn(page):
     return page.locator(".js-plotly-plot:has(.main-svg)").count()
 
 
-@pytest.mark.parametrize("which, n_figures", [("run", N_FIGURES), ("stopped", 3)])
+@pytest.mark.parametrize("which, n_figures", [("run", N_FIGURES), ("stopped", 3), ("pruned", N_FIGURES)])
 def test_browser_draws_every_figure_and_asks_for_nothing(browser, request, which, n_figures):
     path = report(request.getfixturevalue(which))
     page, asked, complaints = visit(browser, path)

@@ -113,8 +113,10 @@ def test_create_starts_an_unfinished_run_over_and_keeps_a_finished_one(tmp_path)
     assert run.folder == tmp_path / "study" / run_id(PARAMS, "code") and run.params == PARAMS
     run.log({"step": 1})
     write_json(run.folder / "structure.json", {"modules": []})
+    (run.folder / "structure.safetensors").write_bytes(b"masks")
     again = Run.create(tmp_path, "study", PARAMS, "code")
     assert again.records() == [] and again.structure is None
+    assert not (run.folder / "structure.safetensors").exists()
     again.log({"step": 1})
     again.save_result({"test": 0.5})
     kept = Run.create(tmp_path, "study", PARAMS, "code")

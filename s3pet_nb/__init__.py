@@ -4,12 +4,14 @@
 - `s3pet_nb.backbone`: Any Hugging Face model as named positions, from one table row per family
 - `s3pet_nb.bilevel`: The gradient of the structural parameters through one step of the modules they gate
 - `s3pet_nb.budget`: Expected size of a search, and the shift of the gates that keeps it within the budget
-- `s3pet_nb.cli`: The commands: s3pet demo, search, study and report
+- `s3pet_nb.cli`: The commands: s3pet demo, search, prune, study and report
 - `s3pet_nb.core`: A registry, seeding, counting: the small things that every other module leans on
 - `s3pet_nb.gate`: From structural parameters to activation probabilities and gate samples: alpha, p, z
 - `s3pet_nb.learner`: One training loop for searching and for training; what watches it, and what brings it back
 - `s3pet_nb.pet`: PET modules under the unified view: a change Delta, gated by z
 - `s3pet_nb.plot`: What a run's log shows: a frame of numbers, and a figure of that frame
+- `s3pet_nb.protocol`: How a paper trains and scores, by name
+- `s3pet_nb.prune`: Prune-search: train everything once, score every parameter on the way, keep what the budget pays for
 - `s3pet_nb.report`: One page per run that draws without a network, and an index of all pages
 - `s3pet_nb.run`: Execute a template notebook into a run folder: one run, or a grid of runs in order
 - `s3pet_nb.search`: S3PET: which modules deserve the budget, learned by gradient

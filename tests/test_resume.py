@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader
 from s3pet_nb.backbone import example_batch, tiny
 from s3pet_nb.gate import Annealed, ShiftedSigmoid, geometric
 from s3pet_nb.learner import Checkpoint, Records
+from s3pet_nb.prune import PruneConfig, prune_search
 from s3pet_nb.search import EarlyStop, SearchConfig, search
 from s3pet_nb.space import make_space
 from s3pet_nb.store import Run
 from s3pet_nb.structure import Structure
 from s3pet_nb.train import TrainConfig, finetune, retrain
 
-STOPS = 32  # where the early stop comes, of 60 steps
+STOPS = 28  # where the early stop comes, of 60 steps
 
 
 def rows(size: int, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -50,7 +51,19 @@ def whole_search(folder: Path) -> None:
               folder / "alphas.safetensors")
 
 
-def die_in_pass(k: int, folder: Path) -> None:
+def whole_pruning(folder: Path) -> None:
+    "Two rounds and a re-training, with dropout, a shuffling loader and a criterion that draws."
+    model, run = tiny("bert"), Run(folder)
+    config = TrainConfig(12, lr=1e-2, warmup=0.2, take="last", evaluate_every=5)
+    result = prune_search(model, make_space(model, "mam"), shuffled(20, 1), DataLoader(rows(8, 3), 4),
+                          budget=[900, 200], criterion="random", config=PruneConfig(config, average_over=7),
+                          callbacks=(), log=run,
+                          checkpoint=lambda label: Checkpoint(run.checkpoint(label), every=4))
+    result.structure().save(folder / "structure.json")
+    save_file({"scores": result.scores, **result.trained.tensors}, folder / "alphas.safetensors")
+
+
+def die_in_pass(k: int, folder: Path, job=whole_search) -> None:
     "The search, killed from inside its k-th pass through the model."
     passes, forward = iter(range(1, k + 1)), torch.nn.Module.__call__
 
@@ -60,7 +73,7 @@ def die_in_pass(k: int, folder: Path) -> None:
         return forward(module, *args, **kwargs)
 
     torch.nn.Module.__call__ = counted
-    whole_search(folder)
+    job(folder)
 
 
 def die_while_saving(k: int, folder: Path) -> None:
@@ -129,6 +142,20 @@ def test_killed_in_any_pass_it_ends_with_the_same_bits(k, tmp_path, uninterrupte
     assert not (tmp_path / "structure.json").exists()
     assert in_process(whole_search, tmp_path) == 0
     assert_same(outcome(tmp_path), uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_pruning(tmp_path_factory) -> tuple:
+    folder = tmp_path_factory.mktemp("pruned")
+    assert in_process(whole_pruning, folder) == 0
+    return outcome(folder)
+
+
+@pytest.mark.parametrize("k", [3, 14, 21, 27, 33, 44])
+def test_a_pruning_killed_in_any_phase_ends_with_the_same_bits(k, tmp_path, uninterrupted_pruning):
+    assert in_process(die_in_pass, k, tmp_path, whole_pruning) == -signal.SIGKILL
+    assert in_process(whole_pruning, tmp_path) == 0
+    assert_same(outcome(tmp_path), uninterrupted_pruning)
 
 
 def test_killed_again_and_again_it_still_arrives(tmp_path, uninterrupted):
@@ -203,12 +230,12 @@ def test_a_training_goes_on_with_the_same_bits(train, tmp_path):
 
     whole, parts = Records(), Records()
     expected = run(whole, BreakingScore([0.9, 0.5, 0.6, 0.7]))
-    assert expected.best_step == 3
+    assert expected.step == 3
     with pytest.raises(Breaks):
         run(parts, BreakingScore([0.9, 0.5], at=3), Checkpoint(path, every=4))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     found = run(parts, BreakingScore([0.6, 0.7]), Checkpoint(path, every=4))
-    assert found.scores == expected.scores and found.best_step == 3
+    assert found.scores == expected.scores and found.step == 3
     assert all(torch.equal(found.tensors[name], weight) for name, weight in expected.tensors.items())
     clockless = [[{**record, "seconds": 0} for record in log] for log in (whole, parts)]
     assert clockless[0] == clockless[1]

@@ -202,6 +202,9 @@ def check_prune(
                           "granularity": ("granularity", GRANULARITIES), "protocol": ("protocol", PROTOCOLS)})
     _check_numbers(params, positive="rounds", natural="average_over rank prune_steps retrain_steps "
                                                       "prune_lr lr finetune_lr evaluate_every")
+    if 0 < params["prune_steps"] < params["average_over"]:
+        raise ValueError(f"average_over is {params['average_over']}; a training that is pruned has "
+                         f"{params['prune_steps']} steps")
     protocol = PROTOCOLS[params["protocol"]]
     if params["task"] not in protocol.epochs and not (params["prune_steps"] and params["retrain_steps"]):
         raise ValueError(f"protocol {params['protocol']!r} has no epochs for task {params['task']!r}; "

@@ -311,13 +311,25 @@ def _result(source: Run | Mapping) -> Mapping:
     return result
 
 
+def _check_same_question(names: Sequence[str], results: Sequence[Mapping]) -> None:
+    "`ValueError` that names the first thing that was asked otherwise in a run than in the first one."
+    asked = [{"budget": result.get("budget")} | {name: result.get("prune", {}).get(name)
+                                                 for name in ("granularity", "criterion", "average_over")}
+             for result in results]
+    for name, other in zip(names, asked):
+        for key, one in asked[0].items():
+            if other[key] != one:
+                raise ValueError(f"{key} is {one!r} in {names[0]} and {other[key]!r} in {name}; "
+                                 "a mean needs runs of one question")
+
+
 def share_frame(
     runs: Run | Mapping | Sequence[Run | Mapping],  # one or several, finished, or their results; one space
 ) -> pd.DataFrame:  # stack, layer, role, module, name, of, share, low, high, kept_in; attrs["runs"]
     """One row per candidate: mean, lowest and highest share of its entries that pruning kept.
 
     `kept_in` is in how many of the runs anything of it is kept. `ValueError` for a run without a result, one
-    that did not prune, and runs of different candidates.
+    that did not prune, and runs of different candidates, budgets, granularities or criteria.
     """
     runs = [runs] if isinstance(runs, Run | Mapping) else list(runs)
     names = [f"run {run.id}" if isinstance(run, Run) else f"result {k}" for k, run in enumerate(runs)]
@@ -325,6 +337,7 @@ def share_frame(
     for name, result in zip(names, results):
         if "kept" not in result:
             raise ValueError(f"{name} has no list of what is kept; give runs of prune")
+    _check_same_question(names, results)
     frames = [pd.DataFrame(result["kept"]) for result in results]
     _check_same_space(names, [zip(frame["name"], frame["of"]) for frame in frames])
     share = pd.concat([frame["n"] / frame["of"] for frame in frames], axis=1)

@@ -24,6 +24,7 @@ class Protocol:
     "A paper's numbers; tasks by their names in `TASKS`."
 
     epochs: Mapping[str, int]  # by task
+    metrics: Mapping[str, str]  # by task, where not the task's own
     batch_size: int  # rows
     max_length: int  # tokens
     lrs: tuple[float, float]  # highest rate for full fine-tuning, and for the smallest structure
@@ -62,5 +63,6 @@ PROTOCOLS = Registry("protocol")
 PROTOCOLS.register("lawton")(Protocol(
     epochs={"glue/mrpc": 20, "glue/rte": 20, "glue/cola": 20, "glue/stsb": 20, "glue/sst2": 5, "glue/qnli": 5,
             "glue/mnli": 2, "glue/qqp": 2},
+    metrics={"glue/mrpc": "accuracy", "glue/qqp": "accuracy"},
     batch_size=16, max_length=128, lrs=(1e-5, 3e-4), smallest=10_000 / 355_361_794, warmup=0.06, clip=inf,
     take="last", rule="official", seeds=5))

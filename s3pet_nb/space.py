@@ -185,6 +185,12 @@ class SearchSpace:
         "Parameters of all candidates together."
         return int(self.n.sum())
 
+    @property
+    def digest(self) -> str:
+        "Twelve hexadecimal digits for the modules and the entries of them that there are."
+        told = [(c.name, c.n, sorted(c.bits.items())) for c in self.candidates]
+        return blake2b(repr(told).encode(), digest_size=6).hexdigest()
+
     def subset(self,
                mask: Tensor,  # (N,) bool
                ) -> "SearchSpace":
@@ -262,7 +268,6 @@ class GatedModel(nn.Module):
         self.n = space.n
         self.alpha = nn.Parameter(torch.zeros(len(space), dtype=torch.float64))
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
             pets = [candidate.make(seed) for candidate in space.candidates]
         self.pets = nn.ModuleList(pets).to(model.device)
         self.z = torch.ones(len(space))
@@ -318,11 +323,13 @@ class GatedModel(nn.Module):
     def load(self,
              tensors: Mapping[str, Tensor],  # what `tensors` returned for the same structure and seed
              ) -> None:
-        "Put inner variables back; `ValueError` if names differ."
+        "Put inner variables back; `ValueError` if names or shapes differ."
         weights = self.trainable()
-        if weights.keys() != tensors.keys():
-            odd = sorted(weights.keys() ^ tensors.keys())
-            raise ValueError(f"these weights belong to another structure: {len(odd)} names differ, "
+        shapes, given = ({(name, *weight.shape) for name, weight in each.items()}
+                         for each in (weights, tensors))
+        if shapes != given:
+            odd = sorted({name for name, *_ in shapes ^ given})
+            raise ValueError(f"these weights belong to another structure: {len(odd)} names or shapes differ, "
                              f"first {odd[0]!r}")
         for name, weight in weights.items():
             weight.copy_(tensors[name])

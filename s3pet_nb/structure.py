@@ -128,7 +128,7 @@ class Kept:
     n: int  # entries that are kept
     of: int  # entries of the whole module
     p: float | None  # probability; None where nothing was searched
-    score: float | None  # of the pruning criterion; None where nothing was pruned
+    score: float | None  # pruning criterion, summed over what is kept; None where nothing was pruned
     path: str  # the module's full name in the model it was found on, for the reader
     bits: Mapping[str, bytes] = field(default_factory=dict)  # by weight, packed; empty for the whole module
 
@@ -175,6 +175,11 @@ def _mask(masks: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Ten
 
 
 HOLDS = {"holds": "masks of a structure"}  # metadata of a sidecar, so that no other file is written over
+
+
+def _beside(path: Path) -> Path:
+    "Where the masks of the structure file `path` are."
+    return path.with_name(path.name.removesuffix(".json") + ".safetensors")
 
 
 def _is_sidecar(path: Path) -> bool:
@@ -267,15 +272,16 @@ class Structure:
     def save(self,
              path: str | os.PathLike,  # its folder exists
              ) -> None:
-        """Write the structure as JSON, one line per rule and per module, atomically.
+        """Write the structure as JSON, one line per rule and per module.
 
         Masks, if a module is kept in part, go before it into the .safetensors file of the same name; without
-        any, those of an earlier structure are removed there. `FileExistsError` if that is another's file.
+        any, those of an earlier structure are removed there. Each file is written atomically; where a save
+        dies between the two, `load` refuses the pair. `FileExistsError` if the masks' file is another's.
         """
         path, masks = Path(path), _by_name(self.modules)
-        beside = path.with_suffix(".safetensors")
+        beside = _beside(path)
         ours = _is_sidecar(beside)
-        if masks and (beside == path or beside.exists() and not ours):
+        if masks and beside.exists() and not ours:
             raise FileExistsError(f"{beside} is not free for the masks; save under another name")
         packed = safetensors.numpy.save(masks, HOLDS) if masks else b""
         head = {"schema": SCHEMA} | {name: getattr(self, name) for name in HEAD}
@@ -421,7 +427,7 @@ def _with_bits(modules: tuple[Kept, ...], path: Path, sha256: str | None) -> tup
     "The modules with their bits from the file beside `path`, checked against its sum and their counts."
     if sha256 is None:
         return modules
-    beside = path.with_suffix(".safetensors")
+    beside = _beside(path)
     try:
         return _filled(modules, beside.read_bytes(), sha256)
     except FileNotFoundError:

@@ -107,8 +107,13 @@ class TrainResult:
 class TrainStep:
     "One step of a training on a list of batches, as a function of the list."
 
-    def __init__(self, model: nn.Module, weights: dict[str, nn.Parameter], config: TrainConfig):
-        self.model, self.weights, self.config = model, weights, config
+    def __init__(self,
+                 model: nn.Module,
+                 weights: dict[str, nn.Parameter],  # what is trained, by name
+                 config: TrainConfig,
+                 digest: str = "",  # of what the names and shapes of the weights do not say
+                 ):
+        self.model, self.weights, self.config, self.digest = model, weights, config, digest
         self.stepper = Stepper(weights.values(), config.lr, config.clip, config.steps,
                                round(config.warmup * config.steps))
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -144,13 +149,15 @@ class TrainStep:
 
     def state_dict(self) -> dict:
         "The trained weights, the optimiser, and the numbers of the training."
-        return {"config": asdict(self.config), "weights": self.weights, "stepper": self.stepper.state_dict(),
-                "noise": self.generator.get_state()}
+        return {"config": asdict(self.config), "digest": self.digest, "weights": self.weights,
+                "stepper": self.stepper.state_dict(), "noise": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         "Take over what `state_dict` gave; `ValueError` if it was another training."
         check_same("config", state["config"], asdict(self.config))
-        check_same("the list of weights", list(state["weights"]), list(self.weights))
+        check_same("weights", *({name: list(weight.shape) for name, weight in weights.items()}
+                                for weights in (state["weights"], self.weights)))
+        check_same("the digest of the structure", state["digest"], self.digest)
         for name, weight in self.weights.items():
             weight.data.copy_(state["weights"][name])
         self.stepper.load_state_dict(state["stepper"])
@@ -205,8 +212,8 @@ def retrain(
 ) -> TrainResult:
     "Train `structure`'s modules, and the head, from new weights; `FloatingPointError` for a broken loss."
     with structure.apply(model, seed=config.seed) as gated:
-        trained = fit(TrainStep(gated, gated.trainable(), config), model, loader, loader_val, score, label,
-                      callbacks, log, checkpoint)
+        step = TrainStep(gated, gated.trainable(), config, gated.space.digest)
+        trained = fit(step, model, loader, loader_val, score, label, callbacks, log, checkpoint)
     return replace(trained, structure=structure)
 
 # %% ../nbs/api/15_train.ipynb #15-train-019

@@ -158,6 +158,7 @@ def fine_pruning():
     ({"rounds": 0}, "rounds is 0; give at least 1"),
     ({"evaluate_every": -1}, "evaluate_every is -1; give 0 or more"),
     ({"average_over": -1}, "average_over is -1; give 0 or more"),
+    ({"average_over": 5}, "average_over is 5; a training that is pruned has 4 steps"),
     ({"rank": -1}, "rank is -1; give 0 or more"),
     ({"prune_steps": -1}, "prune_steps is -1"),
     ({"retrain_steps": -1}, "retrain_steps is -1"),

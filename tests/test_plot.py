@@ -384,16 +384,26 @@ def test_settings_that_all_modules_of_a_type_share_are_not_in_the_rows(tmp_path)
 def test_shares_of_different_candidates_are_refused(pruned, run, tmp_path):
     larger = make_pruned(tmp_path, {"encoder": 7})
     with pytest.raises(ValueError, match=rf"candidate 36 .* in run {pruned.id} and .* in result 1; a mean"):
-        share_frame([pruned, larger.result])
+        share_frame([pruned, {**pruned.result, "kept": larger.result["kept"]}])
     wider = [entry | {"of": 2 * entry["of"]} for entry in pruned.result["kept"]]
     with pytest.raises(ValueError, match=r"candidate 0 is encoder.0.q.bitfit \(384\) in run .* \(768\)"):
-        share_frame([pruned, {"kept": wider}])
+        share_frame([pruned, {**pruned.result, "kept": wider}])
     with pytest.raises(ValueError, match=f"run {run.id} has no list of what is kept"):
         share_frame([pruned, run])
     with pytest.raises(ValueError, match="give at least one"):
         share_frame([])
     with pytest.raises(ValueError, match="no result yet"):
         share_frame(make_pruned(tmp_path, seed=1, steps=6, finished=False))
+
+
+@pytest.mark.parametrize("other, says", [
+    ({"budget": 100}, "budget is .* in run .* and 100 in result 1; a mean needs runs of one question"),
+    ({"prune": {"granularity": "structured"}}, "granularity is 'unstructured' in run .* and 'structured' in")])
+def test_shares_of_different_questions_are_refused(pruned, other, says):
+    changed = pruned.result | other
+    changed["prune"] = pruned.result["prune"] | other.get("prune", {})
+    with pytest.raises(ValueError, match=says):
+        share_frame([pruned, changed])
 
 
 ROUNDS = ["pruning, whole architecture", "pruning, round 2", "pruning, round 3"]

@@ -12,16 +12,17 @@ import transformers
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
+from torch.utils.data import DataLoader
 
 from s3pet_nb.backbone import FAMILIES, example_batch, head_parameters, tiny
-from s3pet_nb.learner import Checkpoint, Compute, Records, load_state
+from s3pet_nb.learner import Callback, Checkpoint, Compute, Records, load_state
 from s3pet_nb.protocol import PROTOCOLS
 from s3pet_nb.prune import (CRITERIA, GRANULARITIES, Moment, PruneConfig, ScoredStep, Units, drop, flat,
                             geometric_budgets, prune_search, random_units)
 from s3pet_nb.search import negative_loss
 from s3pet_nb.space import SPACES, lora_at, make_space
 from s3pet_nb.structure import Structure
-from s3pet_nb.train import TrainConfig, TrainStep
+from s3pet_nb.train import TrainConfig, TrainStep, retrain
 
 ROOT = Path(__file__).parent.parent
 SMALL = lora_at(SPACES["mam"], 3)  # biases, and rank-3 LoRA
@@ -234,8 +235,8 @@ def test_what_is_left_begins_where_it_began_in_the_whole(granularity, monkeypatc
     model, starts = tiny("bert"), {}
     made = TrainStep.__init__
 
-    def noted(step, gated, weights, config):
-        made(step, gated, weights, config)
+    def noted(step, *told):
+        made(step, *told)
         starts[len(starts)] = step.snapshot()
 
     monkeypatch.setattr(TrainStep, "__init__", noted)
@@ -317,6 +318,91 @@ def test_round_after_round_from_the_same_initial_values():
     assert result.steps == 30 and result.alive.sum() == budgets[1]
 
 
+def test_a_round_that_has_nothing_to_do_is_left_out():
+    "A large unit that goes last may leave less than the next budget already."
+    model, log, skipped = tiny("bert"), Records(), 0
+    space = make_space(model, "bias")
+    for seed in range(3):
+        del log[:]
+        config = PruneConfig(replace(TRAIN, steps=1, seed=seed), replace(TRAIN, seed=seed))
+        result = prune_search(model, space, rows(model), budget=geometric_budgets(space.n_params, 64, 10),
+                              granularity="structured", criterion="random", config=config, callbacks=(), log=log)
+        phases = {record["phase"] for record in log if record["event"] == "scores"}
+        skipped += 10 - len(phases)
+        assert 0 < result.structure().n_params <= 64
+        assert result.structure().n_params == result.trained.n_trained
+    assert skipped > 0
+
+
+def test_every_phase_sees_the_same_batches(monkeypatch):
+    model, seen = tiny("bert"), []
+    gradients = TrainStep.gradients
+
+    def noted(step, batches):
+        seen.append(int(batches[0]["input_ids"].sum()))
+        return gradients(step, batches)
+
+    monkeypatch.setattr(TrainStep, "gradients", noted)
+    items = [{name: column[i] for name, column in batch.items()} for batch in rows(model) for i in range(8)]
+
+    def shuffled():
+        return DataLoader(items, 8, shuffle=True, generator=torch.Generator().manual_seed(7))
+
+    space = make_space(model, "bias")
+    result = prune_search(model, space, shuffled(), rows(model), budget=[200, 100], config=PruneConfig(TRAIN),
+                          callbacks=())
+    retrain(model, random_units(space, 100, "unstructured", 0), shuffled(), rows(model), config=TRAIN,
+            callbacks=())
+    assert result.steps == 20 and len(seen) == 40
+    assert seen[:10] == seen[10:20] == seen[20:30] == seen[30:] and len(set(seen[:6])) == 6
+
+
+def test_a_checkpoint_of_other_entries_is_refused(tmp_path):
+    model = tiny("bert")
+    space, told = make_space(model, "bias"), {"config": TRAIN, "callbacks": ()}
+    units = Units.of(space, "unstructured")
+
+    def train(entry):
+        structure = Structure.pruned(space, units.masks(torch.arange(len(units.unit)) == entry))
+        return retrain(model, structure, rows(model), rows(model), **told,
+                       checkpoint=Checkpoint(tmp_path / "one.safetensors"))
+
+    first = train(0)
+    with pytest.raises(ValueError, match="the digest of the structure is .* in the checkpoint and"):
+        train(5)
+    with pytest.raises(ValueError, match="belong to another structure: 1 names or shapes differ"):
+        three = Structure.pruned(space, units.masks(torch.arange(len(units.unit)) < 3))
+        with three.apply(model, first.tensors):
+            pass
+
+
+@pytest.mark.parametrize("asked, words", [
+    ({"budget": 300}, "budget is 400 in the checkpoint and 300 here"),
+    ({"granularity": "structured"}, "granularity is 'unstructured' in the checkpoint and 'structured' here"),
+    ({"criterion": "absolute"}, "criterion is 'first-order' in the checkpoint and 'absolute' here"),
+    ({"config": PruneConfig(TRAIN, average_over=2)}, "average_over is 0 in the checkpoint and 2 here")])
+def test_another_question_is_refused_in_its_first_phase(asked, words, tmp_path):
+    model = tiny("bert")
+
+    def ask(**other):
+        prune_search(model, make_space(model, SMALL), rows(model), callbacks=(), checkpoint=lambda label: Checkpoint(
+            tmp_path / f"{label}.safetensors"), **{"budget": 400, "config": PruneConfig(TRAIN)} | other)
+
+    ask()
+    ask()
+    with pytest.raises(ValueError, match=f"prune-1.safetensors is of another run: .*{words}; remove it"):
+        ask(**asked)
+
+
+def test_a_training_that_is_stopped_before_it_is_scored_is_refused():
+    class Stop(Callback):
+        def after_step(self, learner):
+            learner.stop = learner.step == 5
+
+    refused(ValueError, "stopped after step 5, and only the last 3 of 10 are scored; score all of them",
+            config=PruneConfig(TRAIN, average_over=3), callbacks=[Stop()])
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_random_pruning_is_of_the_same_units_and_reproducible(granularity):
     space = make_space(tiny("bert"), SMALL)
@@ -345,8 +431,8 @@ def refused(error, words, **asked):
     model = asked.pop("model", None) or tiny("bert")
     space = asked.pop("space", None) or make_space(model, SMALL)
     with pytest.raises(error, match=words):
-        prune_search(model, space, rows(model), callbacks=(),
-                     **{"budget": 300, "config": PruneConfig(TRAIN)} | asked)
+        prune_search(model, space, rows(model),
+                     **{"budget": 300, "config": PruneConfig(TRAIN), "callbacks": ()} | asked)
 
 
 def test_budgets_that_keep_nothing_or_prune_nothing_are_refused_before_a_step(monkeypatch):
@@ -363,6 +449,8 @@ def test_budgets_that_keep_nothing_or_prune_nothing_are_refused_before_a_step(mo
             config=PruneConfig(TRAIN, average_over=11))
     with pytest.raises(ValueError, match="6 rounds from 10 to 8 would repeat a budget"):
         geometric_budgets(10, 8, 6)
+    with pytest.raises(ValueError, match="B is 0.2; give at least 1 of each, B as a count"):
+        geometric_budgets(10, 0.2, 2)
 
 
 def test_a_criterion_that_is_not_a_number_is_named_with_its_weight():
@@ -430,6 +518,7 @@ def test_the_protocol_by_name():
     config = lawton.config(steps, lawton.lr(1.0))
     assert (steps, config.lr, config.take, config.clip) == (20 * 229, 1e-5, "last", math.inf)
     assert round(config.warmup * steps) == 275 and (lawton.batch_size, lawton.max_length) == (16, 128)
+    assert lawton.metrics == {"glue/mrpc": "accuracy", "glue/qqp": "accuracy"}
     assert lawton.seeds == 5 and set(lawton.epochs.values()) == {20, 5, 2}
 
 

@@ -48,6 +48,28 @@ def test_other_gates_and_orders_on_real_rows(asked, passes, data_dir, tmp_path):
     assert found["order"] in report(run).read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("asked, phases", [
+    ({"space": "bias", "granularity": "structured", "budget": 4631.0, "baselines": ["bitfit"]}, 1),
+    ({"space": "mam", "granularity": "unstructured", "rank": 4, "targets": ["q", "wo"], "rounds": 2,
+      "budget": 1e-3, "baselines": ["lawton-lora"], "seed": 2, "criterion": "absolute"}, 2)],
+    ids=["s-bitfit", "u-mam"])
+def test_a_pruning_on_real_rows_ends_in_its_report(asked, phases, data_dir, tmp_path):
+    run = execute("prune", {**asked, "task": "glue/cola", "data_dir": str(data_dir), "n_train": 64, "n_eval": 32},
+                  tmp_path, "prune")
+    result, structure = run.result, Structure.load(run.folder / "structure.json")
+    rows = {row["label"]: row for row in result["rows"]}
+    assert list(rows) == ["searched", "random-1", *asked["baselines"]]
+    assert rows["searched"]["n_params"] == structure.n_params <= result["budget"]
+    assert [kept["n"] for kept in result["kept"] if kept["n"]] == list(structure.frame().n)
+    assert len(result["prune"]["budgets"]) == phases and result["prune"]["steps"] == 4 * phases
+    assert all(row["test"] == row["validation"] and row["head_params"] == 770 for row in rows.values())
+    model, _ = load_backbone("minilm")
+    with structure.apply(model) as gated:
+        assert gated.space.n_params == structure.n_params
+    page = report(run).read_text(encoding="utf-8")
+    assert "Kept share" in page and f"{asked['granularity']}, " in page
+
+
 def test_a_structure_of_one_task_is_trained_on_another_beside_baselines(data_dir, tmp_path):
     asked = {**SHORT, "data_dir": str(data_dir), "budget": 1e-3, "n_random": 0, "baselines": []}
     cola = execute("search", {**asked, "task": "glue/cola"}, tmp_path, "search")

@@ -132,6 +132,13 @@ def test_head_says_how_it_was_pruned_before_there_is_a_result_too(tmp_path, aske
     assert (said | {"Protocol": "lawton"}).items() <= facts(run).items()
 
 
+@pytest.mark.parametrize("asked, said", [
+    ({}, "lawton"), ({"prune_steps": 0, "lr": 0.0, "dropout": True}, "lawton"),
+    ({"prune_steps": 400, "lr": 1e-3, "dropout": False}, "lawton, but prune_steps=400, lr=0.001, dropout off")])
+def test_head_says_what_was_given_in_place_of_the_protocols_numbers(tmp_path, asked, said):
+    assert facts(make_pruned(tmp_path, steps=6, finished=False, **asked))["Protocol"] == said
+
+
 def test_head_of_a_search_says_nothing_of_pruning(run):
     assert not {"Criterion", "Pruning", "Protocol"} & set(facts(run))
 

@@ -178,10 +178,8 @@ def drop(
 ) -> Tensor:
     """The entries that are left when units are removed in increasing order of score until B holds, (E,) bool.
 
-    Of equal scores the unit that comes first goes first. What is within B already is left as it is.
+    Of equal scores the unit that comes first goes first. `ValueError` for a B out of range.
     """
-    if int(alive.sum()) <= B:
-        return alive
     left = torch.bincount(units.unit[alive], minlength=len(units.sizes)) > 0
     keep = torch.zeros_like(left)
     keep[left] = select(units.scores(scores)[left], units.sizes[left], B, "drop")
@@ -307,7 +305,7 @@ class PruneResult:
         return self.budgets[-1] if B is None else resolve_budget(B, self.space.n_backbone)
 
     def kept(self, B: float | None = None) -> Tensor:
-        "The entries that are left under B, (E,) bool; `ValueError` for a B that leaves all or nothing."
+        "The entries that are left under B, (E,) bool; `ValueError` for a B out of range."
         return drop(self.units, self.scores, self.alive, self.count(B))
 
     def structure(self,
@@ -359,6 +357,8 @@ def check_schedule(
     Below the largest unit a budget may keep nothing: if that unit has the highest score it is the last to go.
     """
     largest, before = int(units.sizes.max()), len(units.unit)
+    if not budgets:
+        raise ValueError("the schedule of budgets is empty; give at least one")
     for B in budgets:
         if B >= before:
             raise ValueError(f"a budget of {B:,} prunes nothing, there are {before:,} parameters; give fewer")

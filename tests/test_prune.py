@@ -318,6 +318,15 @@ def test_round_after_round_from_the_same_initial_values():
     assert result.steps == 30 and result.alive.sum() == budgets[1]
 
 
+def test_other_budgets_are_answered_within_what_was_trained():
+    model = tiny("bert")
+    result = prune_search(model, make_space(model, "bias"), rows(model), budget=[200, 100], callbacks=(),
+                          config=PruneConfig(TRAIN))
+    assert result.structure(200).n_params == 200 and result.structure(30).n_params == 30
+    with pytest.raises(ValueError, match="201 parameters, the whole space has 200"):
+        result.structure(201)
+
+
 def test_a_round_that_has_nothing_to_do_is_left_out():
     "A large unit that goes last may leave less than the next budget already."
     model, log, skipped = tiny("bert"), Records(), 0
@@ -442,6 +451,7 @@ def test_budgets_that_keep_nothing_or_prune_nothing_are_refused_before_a_step(mo
     refused(ValueError, "a budget of 100,000 prunes nothing", budget=100_000)
     refused(ValueError, "a budget of 300 prunes nothing, there are 300 parameters", budget=[300, 300])
     refused(ValueError, "budget 0 is not a positive number", budget=0)
+    refused(ValueError, "the schedule of budgets is empty; give at least one", budget=[])
     refused(LookupError, "unknown granularity 'structurd'; did you mean 'structured'", granularity="structurd")
     refused(LookupError, "unknown pruning criterion 'firstorder'; did you mean 'first-order'",
             criterion="firstorder")

@@ -16,9 +16,9 @@ What this module does not do: it adds nothing to a model and trains nothing."""
 
 # %% auto #0
 __all__ = ['FAMILIES', 'BERT_LINEAR', 'BERT_NORM', 'BERT_TINY', 'T5_ATTENTION', 'T5_CROSS', 'LLAMA', 'BLOCKS', 'Modules', 'HEADS',
-           'PACKAGED', 'Position', 'Stack', 'Family', 't5_ffn', 'leaf_names', 'family_of', 'widths', 'base_prefix',
-           'positions', 'tiny', 'example_batch', 'head_parameters', 'checkpointing', 'PackagedWeights',
-           'packaged_folder', 'blueprint', 'load_backbone']
+           'PACKAGED', 'KINDS', 'Position', 'Stack', 'Family', 't5_ffn', 'leaf_names', 'family_of', 'widths',
+           'base_prefix', 'positions', 'tiny', 'example_batch', 'head_parameters', 'checkpointing', 'PackagedWeights',
+           'packaged_folder', 'blueprint', 'kind_of', 'load_backbone']
 
 # %% ../nbs/api/01_backbone.ipynb #01-backbone-003
 import hashlib
@@ -385,7 +385,17 @@ def blueprint(
             family_of(transformers.AutoModel.from_config(config))
         return make.from_config(config)
 
-# %% ../nbs/api/01_backbone.ipynb #01-backbone-041
+# %% ../nbs/api/01_backbone.ipynb #01-backbone-042
+KINDS = {("encoder",): "encoder", ("decoder",): "decoder", ("encoder", "decoder"): "encoder-decoder"}
+
+
+def kind_of(
+    name_or_path: str | Path,  # "minilm", a folder, or a hub name
+) -> str:
+    "A value of `KINDS`, from the configuration alone; raises what `blueprint` raises."
+    return KINDS[tuple(family_of(blueprint(name_or_path)).stacks)]
+
+# %% ../nbs/api/01_backbone.ipynb #01-backbone-044
 def load_backbone(
     name_or_path: str | Path,  # "minilm", a folder, or a hub name
     head: str = "classify",  # "classify", "regress", "seq2seq" or "causal"

@@ -275,6 +275,10 @@ class GatedModel(nn.Module):
     def forward(self, *args, **kwargs):
         return self.model(*args, **kwargs)
 
+    def generate(self, *args, **kwargs) -> Tensor:
+        "Token ids that the backbone, with the modules on it, writes; arguments as there."
+        return self.model.generate(*args, **kwargs)
+
     @property
     def device(self) -> torch.device:
         "Where the backbone is; alpha stays on the CPU."

@@ -2,10 +2,12 @@
 
 - `s3pet_nb.agreement`: A task that needs no download: generated English sentences whose words agree, or do not
 - `s3pet_nb.backbone`: Any Hugging Face model as named positions, from one table row per family
+- `s3pet_nb.batch`: Rows become batches, and a model's answers become a score
 - `s3pet_nb.bilevel`: The gradient of the structural parameters through one step of the modules they gate
 - `s3pet_nb.budget`: Expected size of a search, and the shift of the gates that keeps it within the budget
-- `s3pet_nb.cli`: The commands: s3pet demo, search, prune, study and report
+- `s3pet_nb.cli`: The commands: s3pet demo, search, prune, study, tasks and report
 - `s3pet_nb.core`: A registry, seeding, counting: the small things that every other module leans on
+- `s3pet_nb.form`: How a model is asked a row of a task, and how its answer is read
 - `s3pet_nb.gate`: From structural parameters to activation probabilities and gate samples: alpha, p, z
 - `s3pet_nb.learner`: One training loop for searching and for training; what watches it, and what brings it back
 - `s3pet_nb.pet`: PET modules under the unified view: a change Delta, gated by z
@@ -13,12 +15,13 @@
 - `s3pet_nb.protocol`: How a paper trains and scores, by name
 - `s3pet_nb.prune`: Prune-search: train everything once, score every parameter on the way, keep what the budget pays for
 - `s3pet_nb.report`: One page per run that draws without a network, and an index of all pages
+- `s3pet_nb.rows`: Rows of text: read from files or the hub, checked, compared and split
 - `s3pet_nb.run`: Execute a template notebook into a run folder: one run, or a grid of runs in order
 - `s3pet_nb.search`: S3PET: which modules deserve the budget, learned by gradient
 - `s3pet_nb.space`: The candidates of a search, and a backbone that carries them all behind gates
 - `s3pet_nb.store`: The run folder: what was asked, what happened, what was found
 - `s3pet_nb.structure`: What a search finds: a set of modules within the budget, as a small file that diffs well
-- `s3pet_nb.task`: GLUE, SuperGLUE, the project's own agreement task, or yours: rows, splits, batches, score
+- `s3pet_nb.task`: GLUE, SuperGLUE, the project's own agreement task, or rows of yours: splits, labels, metrics
 - `s3pet_nb.train`: Train a structure from new weights, and what it is compared with"""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The commands: s3pet demo, search, prune, study and report
+"""The commands: s3pet demo, search, prune, study, tasks and report
 
 The commands are thin: a study with options laid over it, executed by `run.execute`, shown by `report.report`.
 
@@ -18,7 +18,7 @@ What this module does not do: it computes nothing and holds no defaults."""
 # %% auto #0
 __all__ = ['CHECKS', 'app', 'Out', 'Task', 'Backbone', 'Budget', 'Seed', 'DataDir', 'RetrainSteps', 'Settings', 'say',
            'one_sentence', 'assignments', 'check_search', 'check_prune', 'check', 'closing_table', 'demo', 'search',
-           'prune', 'study', 'rebuild', 'main']
+           'prune', 'study', 'tasks', 'rebuild', 'main']
 
 # %% ../nbs/api/25_cli.ipynb #25-cli-003
 import ast
@@ -88,11 +88,13 @@ def _check_names(
     known: Mapping,  # of the template: parameter -> what it names, and the names there are
 ) -> None:
     from s3pet_nb.core import UnknownName
+    from s3pet_nb.form import FORMS
     from s3pet_nb.learner import PRECISIONS
-    from s3pet_nb.task import TASKS
+    from s3pet_nb.protocol import PROTOCOLS
     from s3pet_nb.train import BASELINES
 
-    known = {"task": ("task", TASKS)} | known | {"precision": ("precision", PRECISIONS)}
+    known = known | {"protocol": ("protocol", PROTOCOLS), "precision": ("precision", PRECISIONS),
+                     "form": ("form of a task", ["", *FORMS])}
     asked = [(*known[name], params[name]) for name in known]
     asked += [("baseline", [*BASELINES, "finetune"], name) for name in params["baselines"]]
     for kind, names, name in asked:
@@ -112,24 +114,42 @@ def _check_numbers(
     natural: str,  # and of at least 0
 ) -> None:
     _check_least(params, 1, f"{positive} accumulate")
-    _check_least(params, 0, f"seed batch_size max_length n_random n_train n_eval checkpoint_every {natural}")
+    _check_least(params, 0, f"seed batch_size max_length n_random n_train n_eval checkpoint_every workers "
+                            f"retrain_steps evaluate_every lr finetune_lr {natural}")
+
+# %% ../nbs/api/25_cli.ipynb #25-cli-014
+def _check_steps(
+    params: Mapping,
+    first: str,  # parameter with the steps of the search, or of the trainings that are pruned
+    task: str,
+) -> None:
+    from s3pet_nb.protocol import PROTOCOLS
+
+    protocol = PROTOCOLS[params["protocol"]]
+    for name, schedules in ((first, protocol.search), ("retrain_steps", protocol.retrain)):
+        if not params[name] and task not in schedules:
+            raise ValueError(f"protocol {params['protocol']!r} has no epochs for task {task!r}; give {name}")
 
 
 def _blueprint(
     params: Mapping,
-    rule: str | None = None,  # of the splits; the task's own if None
+    first: str,
 ):
-    "The backbone's shapes for the task, once the task's files have been read."
+    "The backbone's shapes for the task, once its files have been read."
     from s3pet_nb.backbone import blueprint
-    from s3pet_nb.task import TASKS
+    from s3pet_nb.form import FORMS, form_of
+    from s3pet_nb.protocol import PROTOCOLS
+    from s3pet_nb.task import find_task
 
-    task = TASKS[params["task"]]
+    task = find_task(params["task"])
+    _check_steps(params, first, task.name)
     if params["data_dir"] and not Path(params["data_dir"]).is_dir():
         raise FileNotFoundError(f"no folder {params['data_dir']!r}; give a data_dir that exists")
-    task.load(params["data_dir"] or None, params["seed"], rule)
-    return blueprint(params["backbone"], task.head, task.n_labels)
+    task.load(params["data_dir"] or None, params["seed"], PROTOCOLS[params["protocol"]].rule)
+    form = FORMS[params["form"]](task) if params["form"] else form_of(task, params["backbone"])
+    return blueprint(params["backbone"], form.head, form.n_labels)
 
-# %% ../nbs/api/25_cli.ipynb #25-cli-014
+# %% ../nbs/api/25_cli.ipynb #25-cli-016
 def _check_compared(params: Mapping, model, B: int) -> None:
     "What will be trained beside the found structure, on the blueprint of the backbone."
     from s3pet_nb.budget import check_budget
@@ -148,9 +168,11 @@ def _check_compared(params: Mapping, model, B: int) -> None:
             raise FileNotFoundError(f"no structure file {file!r}; give the path of a structure.json")
         kept_space(model, Structure.load(file))
 
-# %% ../nbs/api/25_cli.ipynb #25-cli-016
+# %% ../nbs/api/25_cli.ipynb #25-cli-018
 def _check_gates(params: Mapping) -> None:
-    "Settings of gates, orders and penalty that contradict each other."
+    "Settings of gates, orders, penalty and protocol that contradict each other."
+    from s3pet_nb.protocol import PROTOCOLS
+
     if params["tau"] <= 0:
         raise ValueError(f"tau is {params['tau']}; give a temperature above 0")
     if params["order"] == "auto" and not params["measure_every"]:
@@ -162,6 +184,9 @@ def _check_gates(params: Mapping) -> None:
         raise ValueError("the gate 'hard-concrete' has no tau; leave tau and tau_end out")
     if params["order"] == "second" and params["precision"] == "bf16":
         raise ValueError("order 'second' drowns in the rounding of bf16; choose first, central or auto")
+    if PROTOCOLS[params["protocol"]].rule == "official" and params["alphas"] == "best":
+        raise ValueError(f"protocol {params['protocol']!r} has one set for validation and test, on which "
+                         "nothing may be chosen; give alphas 'last' or 'mean'")
     if params["l0"] and not hard:
         raise ValueError(f"l0 is {params['l0']}, and only the gate 'hard-concrete' has an L0 penalty")
 
@@ -179,47 +204,41 @@ def check_search(
     _check_names(params, {"space": ("search space", SPACES), "gate": ("gate", GATES),
                           "order": ("order of the hypergradient", SEARCH_ORDERS),
                           "alphas": ("choice of alphas", ALPHAS), "method": ("selection method", METHODS)})
-    _check_numbers(params, positive="search_steps retrain_steps evaluate_every",
-                   natural="measure_every stop_after tau_end beta beta_end l0")
+    _check_numbers(params, positive="",
+                   natural="search_steps search_lr measure_every stop_after tau_end beta beta_end l0")
     _check_gates(params)
-    model = _blueprint(params)
+    model = _blueprint(params, "search_steps")
     space = make_space(model, params["space"])
     B = resolve_budget(params["budget"], space.n_backbone)
     check_budget(B, space.n)
     _check_compared(params, model, B)
 
-# %% ../nbs/api/25_cli.ipynb #25-cli-018
+# %% ../nbs/api/25_cli.ipynb #25-cli-020
 def check_prune(
     params: Mapping,  # of the template 'prune', resolved
 ) -> None:
     "Refuse a pruning that cannot run, as `check` does."
     from s3pet_nb.budget import resolve_budget
-    from s3pet_nb.protocol import PROTOCOLS
     from s3pet_nb.prune import CRITERIA, GRANULARITIES, Units, check_schedule, geometric_budgets
     from s3pet_nb.space import SPACES, lora_at, make_space
 
     _check_names(params, {"space": ("search space", SPACES), "criterion": ("pruning criterion", CRITERIA),
-                          "granularity": ("granularity", GRANULARITIES), "protocol": ("protocol", PROTOCOLS)})
-    _check_numbers(params, positive="rounds", natural="average_over rank prune_steps retrain_steps "
-                                                      "prune_lr lr finetune_lr evaluate_every")
+                          "granularity": ("granularity", GRANULARITIES)})
+    _check_numbers(params, positive="rounds", natural="average_over rank prune_steps prune_lr")
     if 0 < params["prune_steps"] < params["average_over"]:
         raise ValueError(f"average_over is {params['average_over']}; a training that is pruned has "
                          f"{params['prune_steps']} steps")
-    protocol = PROTOCOLS[params["protocol"]]
-    if params["task"] not in protocol.epochs and not (params["prune_steps"] and params["retrain_steps"]):
-        raise ValueError(f"protocol {params['protocol']!r} has no epochs for task {params['task']!r}; "
-                         "give prune_steps and retrain_steps")
     rules = SPACES[params["space"]]
     if params["rank"] or params["targets"]:
         rules = lora_at(rules, params["rank"], params["targets"])
-    model = _blueprint(params, protocol.rule)
+    model = _blueprint(params, "prune_steps")
     space = make_space(model, rules)
     B, units = resolve_budget(params["budget"], space.n_backbone), Units.of(space, params["granularity"])
     check_schedule([B], units)
     check_schedule(geometric_budgets(space.n_params, B, params["rounds"]), units)
     _check_compared(params, model, B)
 
-# %% ../nbs/api/25_cli.ipynb #25-cli-020
+# %% ../nbs/api/25_cli.ipynb #25-cli-022
 CHECKS = {"search": check_search, "prune": check_prune}
 
 
@@ -231,7 +250,7 @@ def check(
     if template in CHECKS:
         CHECKS[template](params)
 
-# %% ../nbs/api/25_cli.ipynb #25-cli-024
+# %% ../nbs/api/25_cli.ipynb #25-cli-026
 def closing_table(
     result: Mapping,  # what result.json holds
 ) -> Table:
@@ -250,17 +269,24 @@ def closing_table(
 def _number(value: float | None, form: str = ",") -> str:
     return "–" if value is None else format(value, form)
 
-# %% ../nbs/api/25_cli.ipynb #25-cli-027
+# %% ../nbs/api/25_cli.ipynb #25-cli-029
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Search where a small budget of trainable parameters should go in a pretrained model.")
 Out = Annotated[Path, typer.Option(help="Folder of all reports.")]
-Task = Annotated[str, typer.Option(help="Such as glue/cola, superglue/rte or agreement.")]
+Task = Annotated[str, typer.Option(help="Such as glue/cola, or a file of your own rows.")]
 Backbone = Annotated[str, typer.Option(help="Hub name, folder, or minilm.")]
 Budget = Annotated[float, typer.Option(help="Share of the backbone below 1, else a count.")]
 Seed = Annotated[int, typer.Option(help="Seed of data order, gates and weights.")]
 DataDir = Annotated[Path, typer.Option(help="Folder with the task's files instead of the hub.")]
 RetrainSteps = Annotated[int, typer.Option(help="Steps of each re-training.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter.")]
+
+
+def _whole(task: str) -> str:
+    "The name of a task as it is, a file or folder of rows with its whole path."
+    from s3pet_nb.task import TASKS
+
+    return task if task in TASKS or not Path(task).exists() else str(Path(task).absolute())
 
 
 def _go(study_name: str, out: Path, options: Mapping, settings: list[str]) -> None:
@@ -278,7 +304,7 @@ def _go(study_name: str, out: Path, options: Mapping, settings: list[str]) -> No
     Console(force_jupyter=False).print(closing_table(run.result))
     say(f"report: {page}", stderr=False)
 
-# %% ../nbs/api/25_cli.ipynb #25-cli-028
+# %% ../nbs/api/25_cli.ipynb #25-cli-030
 @app.command()
 def demo(
     out: Out = Path("reports"),
@@ -306,11 +332,11 @@ def search(
     settings: Settings = [],
 ) -> None:
     "Search, re-train and compare on one task; what is not given comes from the study 'search'."
-    options = {"task": task, "backbone": backbone, "budget": budget, "seed": seed, "space": space,
+    options = {"backbone": backbone, "budget": budget, "seed": seed, "space": space,
                "data_dir": data_dir and str(data_dir.absolute()), "gate": gate, "order": order,
                "search_steps": steps, "retrain_steps": retrain_steps}
     with one_sentence():
-        _go("search", out, options, settings)
+        _go("search", out, {"task": _whole(task), **options}, settings)
 
 
 @app.command()
@@ -329,11 +355,11 @@ def prune(
     settings: Settings = [],
 ) -> None:
     "Train a whole space, prune it, re-train and compare; what is not given comes from the study 'prune'."
-    options = {"task": task, "backbone": backbone, "budget": budget, "seed": seed, "space": space,
+    options = {"backbone": backbone, "budget": budget, "seed": seed, "space": space,
                "data_dir": data_dir and str(data_dir.absolute()), "granularity": granularity,
                "criterion": criterion, "prune_steps": steps, "retrain_steps": retrain_steps}
     with one_sentence():
-        _go("prune", out, options, settings)
+        _go("prune", out, {"task": _whole(task), **options}, settings)
 
 
 @app.command()
@@ -362,6 +388,21 @@ def study(
         if failed:
             raise ValueError(f"{failed} runs of study {asked.name!r} failed; "
                              "call it again to run what is missing")
+
+
+@app.command()
+def tasks() -> None:
+    "The tasks there are, what they read, how they are scored and split."
+    from s3pet_nb.task import TASKS
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in "task", "texts", "labels", "metric", "splits":
+        table.add_column(name)
+    for task in TASKS.values():
+        labels = ", ".join(task.labels) or ("one of its entities" if task.entities else task.allowed)
+        table.add_row(task.name, ", ".join(task.texts), labels, task.metric,
+                      "generated" if task.make else task.rule)
+    Console(force_jupyter=False).print(table)
 
 
 @app.command("report")

@@ -139,8 +139,8 @@ def _criterion(params: Mapping) -> str | None:
         last, f", mean over the last {last:,} steps")
 
 
-GIVEN = ("prune_steps", "retrain_steps", "batch_size", "max_length", "prune_lr", "lr", "finetune_lr",
-         "n_train")  # what a protocol decides where they are 0
+GIVEN = ("search_steps", "prune_steps", "retrain_steps", "batch_size", "max_length", "search_lr", "prune_lr",
+         "lr", "finetune_lr", "evaluate_every", "n_train")  # what a protocol decides where they are 0
 
 
 def _protocol(params: Mapping) -> str | None:
@@ -171,6 +171,7 @@ def facts(
         "Backbone": result.get("backbone", params.get("backbone")),
         "Budget": f"{budget:,} parameters" if budget else params.get("budget"),
         "Share of the backbone": f"{budget / result['n_backbone']:.2e}" if "n_backbone" in result else None,
+        "Form": result.get("form"),
         "Search space": space,
         "Gate and order": ", ".join(params[name] for name in ("gate", "order") if name in params) or None,
         "Stopped early": _stopped_early(result),

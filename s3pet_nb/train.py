@@ -16,7 +16,7 @@ __all__ = ['BASELINES', 'QV', 'TrainConfig', 'kept', 'TrainResult', 'TrainStep',
            'Baseline', 'baseline']
 
 # %% ../nbs/api/15_train.ipynb #15-train-003
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 
@@ -98,6 +98,22 @@ class TrainResult:
     def score(self) -> float:
         "Validation score of the weights."
         return self.scores[self.step]
+
+    def row(self,
+            label: str,
+            tests: Mapping[str, Mapping[str, float]],  # by split, by metric; the task's own metric first
+            ) -> dict:
+        "What a table says of this training; other metrics than the task's are named `<metric>/<split>`."
+        told = {}
+        for split, values in tests.items():
+            (_, score), *beside = values.items()
+            told |= {split if split == "test" else f"test/{split}": score}
+            told |= {f"{metric}/{split}": value for metric, value in beside}
+        return {"label": label, "structure": self.structure.method if self.structure else label,
+                "modules": len(self.structure) if self.structure else None,
+                "n_params": self.structure.n_params if self.structure else self.n_trained,
+                "head_params": self.n_head, "validation": self.score, **told,
+                "steps": self.steps, "seconds": self.seconds}
 
     def __repr__(self) -> str:
         return (f"TrainResult: {self.n_trained:,} parameters + head {self.n_head:,}, "

@@ -14,6 +14,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    "Tokenised rows of tests, also of the processes that they start, stay out of the user's cache."
+    os.environ["S3PET_CACHE"] = str(tmp_path_factory.mktemp("tokens"))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     "The folder that S3PET_DATA names; without it the test is skipped, or fails if S3PET_REQUIRE_DATA=1."

@@ -86,7 +86,15 @@ def test_a_value_is_never_executed(tmp_path):
     ({"backbone": "./my-model"}, "unknown backbone './my-model'"),
     ({"backbone": "minlm"}, "did you mean 'minilm'"),
     ({"order": "frist"}, "did you mean 'first'"),
-    ({"evaluate_every": 0}, "evaluate_every is 0; give at least 1"),
+    ({"evaluate_every": -1}, "evaluate_every is -1; give 0 or more"),
+    ({"search_steps": -1}, "search_steps is -1; give 0 or more"),
+    ({"search_steps": 0}, "protocol 's3pet' has no epochs for task 'agreement'; give search_steps"),
+    ({"retrain_steps": 0}, "has no epochs for task 'agreement'; give retrain_steps"),
+    ({"search_lr": -1.0}, "search_lr is -1.0"),
+    ({"workers": -1}, "workers is -1"),
+    ({"protocol": "s3pte"}, "unknown protocol 's3pte'; did you mean 's3pet'"),
+    ({"protocol": "lawton"}, "nothing may be chosen; give alphas 'last' or 'mean'"),
+    ({"form": "txt"}, "unknown form of a task 'txt'; did you mean 'text'"),
     ({"n_train": -1}, "n_train is -1; give 0 or more"),
     ({"gate": "globl"}, "unknown gate 'globl'; did you mean 'global'"),
     ({"order": "atuo"}, "did you mean 'auto'"),
@@ -126,6 +134,7 @@ def test_names_and_folders_are_checked_before_a_kernel_starts(wrong, sentence):
     {"baselines": ["lora-r8", "lnfit", "finetune"], "cut": True, "budget": 8000.0},
     {"baselines": ["lora-r8"], "cut": True, "budget": 80_000.0},
     {"baselines": [], "n_random": 0},
+    {"protocol": "lawton", "alphas": "last", "lr": 0.0, "evaluate_every": 0},
 ])
 def test_what_can_run_is_let_through(fine):
     check("search", {**FINE, **fine})

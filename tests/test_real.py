@@ -4,14 +4,18 @@ import math
 from functools import partial
 
 import pytest
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from s3pet_nb.backbone import load_backbone
+from s3pet_nb.batch import loader, score
+from s3pet_nb.form import Head
 from s3pet_nb.report import report
 from s3pet_nb.run import execute
+from s3pet_nb.rows import halves
 from s3pet_nb.search import SearchConfig, search
 from s3pet_nb.space import make_space
 from s3pet_nb.structure import Structure
-from s3pet_nb.task import TASKS, halves, loader, score
+from s3pet_nb.task import TASKS
 from s3pet_nb.train import TrainConfig, retrain
 
 SHORT = {"search_steps": 3, "retrain_steps": 3, "evaluate_every": 2, "measure_every": 0, "n_random": 1,
@@ -97,14 +101,40 @@ def test_a_pretrained_decoder_is_searched_and_trained(data_dir):
     task = TASKS["glue/cola"]
     model, tokenizer = load_backbone(data_dir / "backbones" / "stories260k-llama")
     rows = task.load(data_dir).head(64, 32)
-    batches = partial(loader, task=task, tokenizer=tokenizer, batch_size=8, max_length=32)
+    batches = partial(loader, form=Head(task), tokenizer=tokenizer, batch_size=8, max_length=32)
     half_delta, half_alpha = halves(rows.train, seed=0)
     space = make_space(model, "mix")
     result = search(model, space, batches(half_delta, seed=0), batches(half_alpha, seed=1),
-                    batches(rows.validation), budget=500, score=partial(score, task=task), order="second",
+                    batches(rows.validation), budget=500, score=score, order="second",
                     callbacks=(), config=SearchConfig(steps=4, evaluate_every=2))
     structure = result.structure(method="exact")
     assert 0 < structure.n_params <= 500 and result.passes == 12
     trained = retrain(model, structure, batches(rows.train, seed=0), batches(rows.validation),
-                      partial(score, task=task), TrainConfig(steps=4, evaluate_every=2), callbacks=())
+                      score, TrainConfig(steps=4, evaluate_every=2), callbacks=())
     assert trained.n_trained == structure.n_params and trained.n_head == 2 * model.config.hidden_size
+
+
+def save_t5(folder, tokenizers):
+    "A small encoder-decoder with random weights, and a tokenizer that has its words."
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers / "bert-base-uncased", eos_token="[SEP]")
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+                      pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                      decoder_start_token_id=tokenizer.pad_token_id)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("template, backbone, task", [
+    ("search", "t5", "superglue/copa"), ("search", "llama", "glue/stsb"),
+    ("prune", "t5", "glue/stsb"), ("prune", "llama", "superglue/copa")])
+def test_a_model_that_writes_is_asked_in_text(template, backbone, task, data_dir, tmp_path):
+    folder = (save_t5(tmp_path / "t5", data_dir / "tokenizers") if backbone == "t5"
+              else data_dir / "backbones" / "stories260k-llama")
+    asked = {"backbone": str(folder), "task": task, "data_dir": str(data_dir), "space": "lora", "budget": 600.0,
+             "n_random": 0, "baselines": [], "max_length": 64, "n_train": 32, "n_eval": 8}
+    run = execute(template, asked, tmp_path, template)
+    (row,), form = run.result["rows"], {"t5": "text", "llama": "words"}[backbone]
+    assert run.result["form"] == form and row["head_params"] == 0 < row["n_params"] <= 600
+    assert math.isfinite(row["test"]) and ("spearman/test" in row) == (task == "glue/stsb")
+    assert f"<dd>{form}</dd>" in report(run).read_text(encoding="utf-8")

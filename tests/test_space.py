@@ -660,3 +660,25 @@ def test_the_noise_of_a_step_is_the_same_in_all_its_passes():
         u = torch.rand(len(gated.space), dtype=torch.float64)
         losses = [next(step.losses([batch], u, noise)).item() for noise in (7, 7, 8)]
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if "decoder" in row.stacks])
+def test_a_gated_model_writes_what_its_forward_pass_says(family):
+    "Token by token with cached keys and values, every module at work."
+    model = tiny(family, HEAD.get(family, "causal"))
+    ids = example_batch(model, size=3)["input_ids"]
+    with attach(model, make_space(model, EVERYTHING)) as gated:
+        fill(gated, std=0.3)
+        gated.z = torch.linspace(0.2, 1, len(gated.space))
+        written = gated.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6,
+                                 do_sample=False)[:, -6:]
+        for k in range(6):
+            before = {"decoder_input_ids": torch.cat([torch.zeros(3, 1).long(), written[:, :k]], 1),
+                      "input_ids": ids} if family == "t5" else {"input_ids": torch.cat([ids, written[:, :k]], 1)}
+            logits = gated(**before).logits[:, -1].detach()
+            stop = model.generation_config.eos_token_id
+            logits[:, stop if stop is not None else []] = -torch.inf
+            assert torch.equal(written[:, k], logits.argmax(-1))
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6,
+                           do_sample=False)[:, -6:]
+    assert not torch.equal(plain, written)

@@ -33,7 +33,7 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
@@ -410,6 +410,8 @@ def load_backbone(
         model = type(shapes).from_pretrained(_path(name_or_path), config=shapes.config, use_safetensors=True,
                                              **{"dtype": torch.float32} | hf)
         tokenizer = AutoTokenizer.from_pretrained(_path(name_or_path))
+    if head == "seq2seq":  # a checkpoint's own habits of writing, such as a least length, are not the task's
+        model.generation_config = GenerationConfig(decoder_start_token_id=model.config.decoder_start_token_id)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id

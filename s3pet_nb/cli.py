@@ -145,7 +145,7 @@ def _blueprint(
     _check_steps(params, first, task.name)
     if params["data_dir"] and not Path(params["data_dir"]).is_dir():
         raise FileNotFoundError(f"no folder {params['data_dir']!r}; give a data_dir that exists")
-    task.load(params["data_dir"] or None, params["seed"], PROTOCOLS[params["protocol"]].rule)
+    task.load(params["data_dir"] or None, params["seed"], PROTOCOLS[params["protocol"]].split_rule(task.name))
     form = FORMS[params["form"]](task) if params["form"] else form_of(task, params["backbone"])
     return blueprint(params["backbone"], form.head, form.n_labels)
 
@@ -184,7 +184,8 @@ def _check_gates(params: Mapping) -> None:
         raise ValueError("the gate 'hard-concrete' has no tau; leave tau and tau_end out")
     if params["order"] == "second" and params["precision"] == "bf16":
         raise ValueError("order 'second' drowns in the rounding of bf16; choose first, central or auto")
-    if PROTOCOLS[params["protocol"]].rule == "official" and params["alphas"] == "best":
+    official = PROTOCOLS[params["protocol"]].split_rule(params["task"]) == "official"
+    if official and params["alphas"] == "best":
         raise ValueError(f"protocol {params['protocol']!r} has one set for validation and test, on which "
                          "nothing may be chosen; give alphas 'last' or 'mean'")
     if params["l0"] and not hard:
@@ -286,7 +287,7 @@ def _whole(task: str) -> str:
     "The name of a task as it is, a file or folder of rows with its whole path."
     from s3pet_nb.task import TASKS
 
-    return task if task in TASKS or not Path(task).exists() else str(Path(task).absolute())
+    return str(Path(task).absolute()) if task and task not in TASKS and Path(task).exists() else task
 
 
 def _go(study_name: str, out: Path, options: Mapping, settings: list[str]) -> None:

@@ -41,7 +41,7 @@ class Protocol:
     warmup: float  # share of the steps
     clip: float  # largest norm of the gradient
     take: str  # evaluation that counts: "best" or "last"
-    rule: str | None  # of the splits; the task's own if None
+    rule: str | None  # of the splits of the paper's tasks; the task's own if None
     seeds: int  # trainings that a reported number is taken over
 
     def steps(self,
@@ -63,6 +63,10 @@ class Protocol:
         "Steps between two scores; `steps`, so the end alone, where the paper says nothing else."
         schedule = getattr(self, phase).get(task)
         return schedule.every or steps if schedule else steps
+
+    def split_rule(self, task: str) -> str | None:
+        "The paper's rule for its own tasks; None, so the task's, for any other."
+        return self.rule if task in self.retrain else None
 
     def lr(self,
            share: float,  # trained parameters, as a share of the backbone

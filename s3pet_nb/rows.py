@@ -12,10 +12,10 @@ What this module does not do: it does not know what a label means; that is the t
 
 # %% auto #0
 __all__ = ['FILES', 'SPLIT_NAMES', 'SPLIT_RULES', 'CARVED', 'quiet', 'read_parquet', 'read_csv', 'numbers_of', 'objects',
-           'read_json', 'first_line', 'read_file', 'is_utf8', 'find_file', 'read_hub', 'read_own_folder', 'read_table',
-           'read_own', 'is_text', 'is_list', 'first_true', 'columns_of', 'check_columns', 'check_texts', 'with_column',
-           'hashable', 'content', 'fill', 'deal', 'Splits', 'SplitRule', 'halve', 'carve', 'official', 'tenths',
-           'given', 'halves']
+           'read_json', 'first_line', 'read_file', 'is_utf8', 'find_file', 'read_hub', 'read_own_folder', 'read_tables',
+           'text_columns', 'read_table', 'read_own', 'is_text', 'is_list', 'first_true', 'columns_of', 'check_columns',
+           'check_texts', 'with_column', 'hashable', 'content', 'fill', 'deal', 'Splits', 'SplitRule', 'halve', 'carve',
+           'official', 'tenths', 'given', 'halves']
 
 # %% ../nbs/api/10_rows.ipynb #10-rows-003
 import difflib
@@ -61,10 +61,11 @@ FILES = Registry("kind of file")  # by the end of its name: a reader of (path, c
 
 @FILES.register("parquet")
 def read_parquet(file: Path, texts: Sequence[str]) -> Dataset:
-    "The rows of a Parquet file, memory-mapped."
+    "The rows of a Parquet file, memory-mapped, without an index that pandas kept there."
     if not read_metadata(file).num_rows:
         return Dataset.from_dict({})
-    return Dataset.from_parquet(str(file))
+    rows = Dataset.from_parquet(str(file))
+    return rows.remove_columns([name for name in rows.column_names if name.startswith("__index_level_")])
 
 
 @FILES.register("csv")
@@ -76,7 +77,8 @@ def read_csv(file: Path, texts: Sequence[str], separator: str = ",") -> Dataset:
     if len(set(names)) < len(names):
         raise ValueError(f"two columns have the same name, among {', '.join(names)}")
     table = csv.read_csv(file, **options, convert_options=csv.ConvertOptions(
-        column_types=dict.fromkeys(names, pa.string()), null_values=[""], strings_can_be_null=True))
+        column_types=dict.fromkeys(names, pa.string()), null_values=[""], strings_can_be_null=True,
+        quoted_strings_can_be_null=False))
     return Dataset(pa.table({name: table[name] if name in texts else numbers_of(table[name])
                              for name in names}))
 
@@ -137,7 +139,7 @@ def read_file(
     try:
         with quiet():
             rows = read(file, texts)
-    except (ValueError, TypeError, pa.ArrowException, DatasetsError) as reason:
+    except (ValueError, TypeError, OverflowError, pa.ArrowException, DatasetsError) as reason:
         if kind != "parquet":
             with open(file, "rb") as lines:
                 for number, line in enumerate(lines, 1):
@@ -162,7 +164,7 @@ def is_utf8(raw: bytes) -> bool:
 # %% ../nbs/api/10_rows.ipynb #10-rows-013
 def find_file(folder: Path, split: str) -> Path | None:
     "The file of a split, whatever its kind; `ValueError` where there are two."
-    found = [file for kind in FILES if (file := folder / f"{split}.{kind}").is_file()]
+    found = [file for file in sorted(folder.glob(f"{split}.*")) if file.suffix[1:].lower() in FILES]
     if len(found) > 1:
         raise ValueError(f"{str(folder)!r} holds {' and '.join(file.name for file in found)}; "
                          "keep one file of a split")
@@ -197,7 +199,21 @@ def read_own_folder(folder: Path, texts: Sequence[str]) -> dict[str, Dataset]:
     if "train" not in files:
         raise FileNotFoundError(f"no training rows in {str(folder)!r}; it should hold a file "
                                 f"train.{' or train.'.join(FILES)}, and validation and test likewise")
-    return {name: read_file(file, texts) for name, file in files.items()}
+    return read_tables(files, texts)
+
+
+def read_tables(tables: Mapping[str, object], texts: Sequence[str]) -> dict[str, Dataset]:
+    "A table for each split; what is text in the training rows is text in the others, digits or not."
+    found = {}
+    for name in sorted(tables, key=lambda name: name != "train"):
+        found[name] = read_table(tables[name], texts)
+        texts = (*texts, *text_columns(found[name]))
+    return found
+
+
+def text_columns(rows: Dataset) -> list[str]:
+    "The columns that hold strings."
+    return [name for name, kind in zip(rows.column_names, rows.data.schema.types) if is_text(kind)]
 
 
 def read_table(source: object, texts: Sequence[str]) -> Dataset:
@@ -217,7 +233,7 @@ def read_table(source: object, texts: Sequence[str]) -> Dataset:
 def read_own(source: object, config: str, texts: Sequence[str]) -> Mapping[str, object]:
     "The tables of a source, by the names that it has for its splits."
     if isinstance(source, Mapping):
-        return {name: read_table(table, texts) for name, table in source.items()}
+        return read_tables(source, texts)
     if isinstance(source, str | Path) and not Path(source).is_file():
         if Path(source).is_dir():
             return read_own_folder(Path(source), texts)
@@ -286,9 +302,9 @@ def with_column(rows: Dataset, name: str, column: pa.ChunkedArray, feature: obje
 # %% ../nbs/api/10_rows.ipynb #10-rows-021
 def hashable(table: pa.Table) -> pd.DataFrame:
     "The table with lists of words as one string each."
-    columns = {name: pc.binary_join(column, "\x1f") if is_list(column.type) else column
-               for name, column in zip(table.column_names, table.columns)}
-    return pa.table(columns).to_pandas()
+    words = pa.list_(pa.string())
+    return pa.table({name: pc.binary_join(column.cast(words), "\x1f") if is_list(column.type) else column
+                     for name, column in zip(table.column_names, table.columns)}).to_pandas()
 
 
 def content(
@@ -390,7 +406,7 @@ class SplitRule:
         "Training, validation and test rows; `ValueError` where an official split is missing."
         if missing := [name for name in self.needs if name not in rows]:
             raise ValueError(f"the split rule {self.cut.__name__} needs {' and '.join(self.needs)} rows; "
-                             f"there are no {' and no '.join(missing)} rows")
+                             f"there are no {' and no '.join(missing)} rows: give them, or another rule")
         return self.cut(rows, seed, key)
 
 

@@ -3,7 +3,8 @@
 An experiment is a *template*: a notebook with one cell tagged `parameters`. A run is the template executed by
 papermill with other values in that cell; the executed notebook stays in the run folder as its own account.
 
-`execute` asks the store for the folder of the question. If the answer is there, it is given back at once.
+`execute` asks the store for the folder of the question, to which the content of the files of rows and
+structures belongs, not their paths alone. If the answer is there, it is given back at once.
 Otherwise a kernel with this very Python executes the notebook. `run_grid` does so for every combination of
 a grid, one after another; a run that fails is reported and does not stop the others. A *study* is a small
 file, a template with the parameters that differ from its defaults and perhaps a grid.
@@ -27,6 +28,7 @@ __all__ = ['PACKAGE', 'RUN_FOLDER', 'shipped', 'template', 'parameters', 'resolv
 
 # %% ../nbs/api/21_run.ipynb #21-run-003
 import ast
+import hashlib
 import itertools
 import math
 import os
@@ -174,6 +176,19 @@ def _code(path: Path) -> str:
                        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []))
 
 
+def _inputs(params: Mapping) -> str:
+    "What the files of rows and structures hold that the parameters `task`, `data_dir` and `structures` name."
+    task = Path(params.get("data_dir") or "", params.get("task") or "")
+    named = [task] if params.get("data_dir") or task.is_absolute() or task.is_file() else []
+    found = []
+    for place in [*named, *map(Path, params.get("structures") or [])]:
+        for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if file.is_file():
+                with open(file, "rb") as content:
+                    found.append(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}")
+    return "\n".join(found)
+
+
 def _cause(error: Exception) -> str:
     "One line for what stopped the notebook."
     if isinstance(error, papermill.PapermillExecutionError):
@@ -194,10 +209,11 @@ def execute(
     "The run of this question, executed unless it is done; `RunFailed` if a cell fails, else as `resolve`."
     path = template(name_or_path)
     resolved = resolve(path, params)
-    run = Run.create(root, study, resolved, _code(path))
+    question = _code(path) + _inputs(resolved)
+    run = Run.create(root, study, resolved, question)
     if (run.folder / "running.ipynb").exists():  # it was killed, perhaps after its result
         (run.folder / "result.json").unlink(missing_ok=True)
-        run = Run.create(root, study, resolved, _code(path))
+        run = Run.create(root, study, resolved, question)
     if not run.done:
         for name in "error.json", "run.ipynb", "report.html":
             (run.folder / name).unlink(missing_ok=True)

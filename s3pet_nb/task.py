@@ -19,9 +19,9 @@ its answer is read, is the next module's."""
 
 # %% auto #0
 __all__ = ['METRICS', 'TASKS', 'ACCEPTABLE', 'ENTAILED', 'FALSE_TRUE', 'PAIR', 'NLI', 'Metric', 'f1', 'f1_macro', 'correlation',
-           'exact_groups', 'normalised', 'token_f1', 'same', 'best_answers', 'checked_labels', 'checked', 'read_folder',
-           'own_splits', 'unlabelled', 'label_fields', 'grid', 'integers_as_text', 'Task', 'copa_pairs', 'record_pairs',
-           'marked', 'marked_spans', 'plain_passage', 'glue', 'superglue', 'find_task']
+           'exact_groups', 'normalised', 'token_f1', 'same', 'best_answers', 'checked_labels', 'by_name', 'checked',
+           'read_folder', 'own_splits', 'unlabelled', 'label_fields', 'grid', 'integers_as_text', 'Task', 'copa_pairs',
+           'record_pairs', 'marked', 'marked_spans', 'plain_passage', 'glue', 'superglue', 'find_task']
 
 # %% ../nbs/api/14_task.ipynb #14-task-003
 import math
@@ -47,7 +47,7 @@ from .agreement import agreement_rows
 from .core import Registry, UnknownName
 from .rows import (SPLIT_NAMES, SPLIT_RULES, Splits, check_columns, check_texts, columns_of,
                            find_file, first_true, is_list, is_text, quiet, read_file, read_hub, read_own,
-                           with_column)
+                           text_columns, with_column)
 
 # %% ../nbs/api/14_task.ipynb #14-task-006
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def correlation(measure: Callable, labels: Sequence, predictions: Sequence) -> f
 # %% ../nbs/api/14_task.ipynb #14-task-012
 def exact_groups(labels: Sequence, predictions: Sequence, groups: Sequence) -> float:
     "Share of the groups whose every row is right (MultiRC)."
-    return pd.Series(np.equal(labels, predictions)).groupby(np.asarray(groups)).all().mean()
+    rows = pd.DataFrame({"label": labels, "prediction": predictions, "group": groups})
+    return (rows.label == rows.prediction).groupby(rows.group).all().mean()
 
 # %% ../nbs/api/14_task.ipynb #14-task-014
 def normalised(text: str) -> str:
@@ -161,6 +162,17 @@ def checked_labels(task: "Task", where: str, column: pa.ChunkedArray) -> pa.Chun
     return labels
 
 
+def by_name(task: "Task", where: str, column: pa.ChunkedArray, feature: object) -> pa.ChunkedArray:
+    "Indices of the task's labels where the rows have names of their own for them, in another order perhaps."
+    names = feature.names if isinstance(feature, ClassLabel) else list(task.labels)
+    if names == list(task.labels) or names == [str(i) for i in range(len(names))]:
+        return column
+    if unknown := [name for name in names if name not in task.labels]:
+        raise ValueError(f"{unknown[0]!r} is a label of {where}; allowed is {task.allowed}")
+    index = pa.array([task.labels.index(name) for name in names])
+    return pc.coalesce(index.take(pc.index_in(column, pa.array(range(len(names)), column.type))), column)
+
+
 def checked(
     task: "Task",
     split: str,  # name of the split, for messages
@@ -180,8 +192,9 @@ def checked(
         if row >= 0:
             raise ValueError(f"{name} is an empty list in row {row} of {where}; it needs one word at least")
     column = columns_of(rows, [task.label])[task.label]
-    labels = checked_labels(task, where, column)
-    if task.kind != "class" or labels.type == column.type:
+    named = by_name(task, where, column, rows.features[task.label])
+    labels = checked_labels(task, where, named)
+    if task.kind != "class" or labels.type == column.type and named is column:
         return rows
     return with_column(rows, task.label, labels, ClassLabel(names=list(task.labels)))
 
@@ -228,7 +241,8 @@ def unlabelled(rows: Dataset, label: str) -> bool:
     column = columns_of(rows, [label])[label]
     if column.null_count == len(column):
         return True
-    return pa.types.is_integer(column.type) and pc.max(column).as_py() == -1
+    number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+    return number and set(pc.min_max(column).as_py().values()) == {-1}
 
 # %% ../nbs/api/14_task.ipynb #14-task-025
 def label_fields(
@@ -237,15 +251,20 @@ def label_fields(
     number: bool,  # integers are numbers of a regression, not classes
 ) -> dict:  # `labels`, or `bounds` and `step`
     "The fields of a task that follow from its labels; `ValueError` where they are no task."
-    feature = splits["train"].features[label]
-    if isinstance(feature, ClassLabel):
-        return {"labels": tuple(feature.names)}
+    features = [rows.features[label] for rows in splits.values()]
+    if isinstance(features[0], ClassLabel) and len(features[0].names) > 1:
+        return {"labels": tuple(features[0].names)}
+    if any(isinstance(feature, ClassLabel) for feature in features):
+        raise ValueError(f"{label} has names in some splits and not in the training rows, or a single name; "
+                         "give every split the same two names or more")
     columns = [columns_of(rows, [label])[label] for rows in splits.values()]
     if columns[0].null_count == len(columns[0]):
         raise ValueError(f"no training row has a {label}; give the column of the labels as label")
     kinds = {"text" if is_text(column.type) else "integers" if pa.types.is_integer(column.type) else
              "numbers" if pa.types.is_floating(column.type) else str(column.type) for column in columns}
     if "numbers" in kinds and kinds <= {"numbers", "integers"} or number and kinds == {"integers"}:
+        if not all(pc.all(pc.is_finite(column)).as_py() for column in columns):
+            raise ValueError(f"a {label} is not a finite number; fill it in, or leave the row out")
         return grid([pc.min_max(column.cast(pa.float64(), safe=False)).as_py() for column in columns], label)
     if kinds == {"bool"}:
         return {"labels": ("False", "True")}
@@ -276,9 +295,7 @@ def grid(extremes: Sequence[Mapping], label: str) -> dict:
 def integers_as_text(rows: Dataset, label: str) -> Dataset:
     "The rows with integer labels as text, so that they are found by name."
     column = columns_of(rows, [label])[label]
-    if isinstance(rows.features[label], ClassLabel) or not pa.types.is_integer(column.type):
-        return rows
-    return with_column(rows, label, column.cast(pa.string()))
+    return with_column(rows, label, column.cast(pa.string())) if pa.types.is_integer(column.type) else rows
 
 # %% ../nbs/api/14_task.ipynb #14-task-027
 @dataclass(frozen=True)
@@ -313,6 +330,9 @@ class Task:
                 raise ValueError(f"the metric {name!r} is for labels of kind {METRICS[name].kind!r}; "
                                  f"those of {self.name} are of kind {self.kind!r}")
         SPLIT_RULES[self.rule]
+        if len(set(self.labels)) < len(self.labels) or self.words and len(self.words) != len(self.labels):
+            raise ValueError(f"{self.name} has the labels {', '.join(self.labels)} and the words "
+                             f"{', '.join(self.words)}; give every class one of its own")
 
     @property
     def kind(self) -> str:
@@ -397,7 +417,10 @@ class Task:
                 for split, rows in self.read(data_dir, rule).items()}
         splits = Splits(*SPLIT_RULES[rule](rows, seed, self.key), key=self.key)
         for name, part in splits.items():
-            check_columns(f"{name} of {self.name}", part, ())
+            if not len(part):
+                same = " and ".join(self.key)
+                raise ValueError(f"{name} of {self.name} is empty; rows with the same {same} stay together: "
+                                 "give more, or a file for each split")
         return splits
 
     @classmethod
@@ -412,18 +435,18 @@ class Task:
            **more,  # further fields of the task
            ) -> "Task":
         "A task of your own rows, read once; `ValueError` or `FileNotFoundError` where they make none."
+        texts = (texts,) if isinstance(texts, str) else tuple(texts)
         splits = own_splits(read_own(source, config, texts), label)
         name = name or (Path(source).resolve().stem if isinstance(source, str | Path) else "own")
         for split, rows in splits.items():
             check_columns(f"{split} of {name}", rows, (*texts, label))
-        texts = tuple(texts) or tuple(
-            column for column, kind in zip(splits["train"].column_names, splits["train"].data.schema.types)
-            if is_text(kind) and column != label)
+        texts = texts or tuple(column for column in text_columns(splits["train"]) if column != label)
         if not texts:
             raise ValueError(f"no column of {name} but {label!r} holds text; name the columns by texts")
         fields = {"labels": tuple(labels)} if labels or more.get("entities") else label_fields(
             splits, label, bool(metric) and METRICS[metric].kind == "number")
-        if not labels and fields.get("labels"):
+        named = labels or isinstance(splits["train"].features[label], ClassLabel)
+        if fields.get("labels") and not named:
             splits = {split: integers_as_text(rows, label) for split, rows in splits.items()}
         default = "record-f1" if more.get("entities") else "accuracy" if fields.get("labels") else "pearson"
         rule = "tenths" if "validation" not in splits else "given" if "test" in splits else "halve"
@@ -512,7 +535,7 @@ def find_task(name: str) -> Task:
     "A row of `TASKS`, or `Task.of` a path that is there or of `hub:<dataset>`; else `UnknownName`."
     if name in TASKS:
         return TASKS[name]
-    if Path(name).exists() or name.startswith("hub:"):
+    if name and Path(name).exists() or name.removeprefix("hub:") != name and name != "hub:":
         return Task.of(name)
     unknown = UnknownName("task", name, TASKS)
     unknown.args = (f"{unknown}; or give the path of a file or folder of your own, or hub: and the name of a "

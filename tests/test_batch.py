@@ -1,8 +1,10 @@
 "Batches and scores: the file of entries, buckets, workers, what resumes, metrics by hand."
 import multiprocessing
+import os
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 
@@ -106,14 +108,14 @@ def test_batches_are_padded_to_their_own_longest_row_and_cut():
         batches = loader(ROWS.take(4), SINGLE, word_tokenizer(), batch_size=2, **options)
         return [batch["input_ids"].shape[1] for batch in batches]
 
-    assert widths() == [5, 8]
+    assert widths() == [8, 5]
     assert widths(max_length=4) == [4, 4]
 
 
 def test_the_task_gives_batch_size_and_length():
     form = Head(replace(SINGLE.task, batch_size=3, max_length=5))
     batches = loader(ROWS.take(4), form, word_tokenizer())
-    assert [batch["input_ids"].shape for batch in batches] == [(3, 5), (1, 5)]
+    assert [batch["input_ids"].shape for batch in batches] == [(3, 5), (1, 3)]
 
 
 def test_a_loader_knows_what_it_is_made_of():
@@ -297,6 +299,31 @@ def test_the_key_depends_on_all_that_matters():
     assert len({key(), *others}) == 1 + len(others)
 
 
+def choosing(word):
+    return lambda row: [(row["sentence"], word), (row["sentence"], "a")]
+
+
+def choose(row, word):
+    return [(row["sentence"], word), (row["sentence"], "a")]
+
+
+@pytest.mark.parametrize("make", [choosing, lambda word: partial(choose, word=word)], ids=["closure", "partial"])
+def test_what_a_choice_has_captured_is_part_of_the_key(make, monkeypatch):
+    monkeypatch.setattr(Chunks, "encode", lambda self, rows: {})  # as if no row of the sample told them apart
+    tasks = [Task("pick", ("sentence",), ("x", "y"), choices=make(word)) for word in ("king", "king", "queen")]
+    first, again, other = (key(form=Head(task)) for task in tasks)
+    assert first == again != other
+
+
+def test_the_code_of_a_form_and_how_a_tokenizer_splits_are_part_of_the_key(monkeypatch):
+    whole, split = word_tokenizer(), word_tokenizer()
+    split.split_special_tokens = True
+    assert key(tokenizer=whole) != key(tokenizer=split)
+    before = key()
+    monkeypatch.setattr(s3pet_nb.batch, "code", lambda form: [b"edited"])
+    assert key() != before
+
+
 def test_a_form_of_a_notebook_is_known_by_what_it_does(monkeypatch):
     "Its module has no file; a changed cue must not be answered from the old file."
     module = type(sys)("notebook")
@@ -365,6 +392,16 @@ def test_the_folder_is_beside_the_files_of_datasets(monkeypatch):
     assert cache_folder().name == "s3pet_nb"
 
 
+def test_what_a_killed_process_left_is_removed_after_a_day(cache):
+    cache.mkdir(exist_ok=True)
+    old, young = cache / ".a.arrow.1.tmp", cache / ".b.arrow.2.tmp"
+    for file in (old, young):
+        file.write_bytes(b"torn")
+    os.utime(old, (0, 0))
+    loader(ROWS, SINGLE, word_tokenizer())
+    assert not old.exists() and young.exists()
+
+
 def test_two_processes_at_once_make_one_file(cache):
     rows = Dataset.from_dict({"sentence": SENTENCES * 2_000, "label": [0, 1, 2, 1] * 2_000})
     fork = multiprocessing.get_context("fork")
@@ -414,6 +451,24 @@ class Fixed(torch.nn.Module):
 def of_four(task, labels=(0, 1, 0, 1), **columns):
     rows = Dataset.from_dict({"sentence": ["a"] * 4, "label": list(labels)} | columns)
     return loader(rows, Head(task), word_tokenizer(), batch_size=3)
+
+
+class Counting(torch.nn.Module):
+    "Predicts the number of tokens of an entry."
+    device = torch.device("cpu")
+
+    def forward(self, input_ids, attention_mask, **batch):
+        return SimpleNamespace(logits=attention_mask.sum(1, keepdim=True).to(torch.bfloat16))
+
+
+def test_answers_come_back_in_the_order_of_the_rows():
+    lengths = [3, 1, 4, 1, 5, 2, 2]
+    rows = Dataset.from_dict({"sentence": ["king " * n for n in lengths], "label": [0.0] * 7})
+    task = Task("t", ("sentence",), metric="pearson")
+    batches = loader(rows, Head(task), word_tokenizer(), batch_size=3)
+    ends = len(word_tokenizer()("").input_ids)
+    assert predict(Counting(), batches).tolist() == [n + ends for n in lengths]
+    assert [batch["input_ids"].shape[1] for batch in batches] == [5 + ends, 2 + ends, 1 + ends]
 
 
 @pytest.mark.parametrize(("metric", "expected"), [("accuracy", 0.75), ("f1", 2 / 3), ("matthews", 3 ** -0.5)])

@@ -93,7 +93,7 @@ def test_a_value_is_never_executed(tmp_path):
     ({"search_lr": -1.0}, "search_lr is -1.0"),
     ({"workers": -1}, "workers is -1"),
     ({"protocol": "s3pte"}, "unknown protocol 's3pte'; did you mean 's3pet'"),
-    ({"protocol": "lawton"}, "nothing may be chosen; give alphas 'last' or 'mean'"),
+    ({"protocol": "lawton", "task": "glue/cola"}, "nothing may be chosen; give alphas 'last' or 'mean'"),
     ({"form": "txt"}, "unknown form of a task 'txt'; did you mean 'text'"),
     ({"n_train": -1}, "n_train is -1; give 0 or more"),
     ({"gate": "globl"}, "unknown gate 'globl'; did you mean 'global'"),

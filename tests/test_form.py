@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from s3pet_nb.backbone import FAMILIES, tiny
+from s3pet_nb.backbone import FAMILIES, load_backbone, tiny
 from s3pet_nb.core import UnknownName
 from s3pet_nb.form import FORMS, Head, Text, Words, form_of
 from s3pet_nb.space import attach, make_space
@@ -181,9 +181,31 @@ def test_a_candidate_is_read_as_it_was_written():
 
 
 def test_writing_is_greedy_and_no_longer_than_the_longest_label():
-    _, asked = written(CLASSES, ["calm"])
+    tokenizer = word_tokenizer()
+    _, asked = written(CLASSES, ["calm"], tokenizer, longest=2)
     assert (asked["do_sample"], asked["num_beams"], asked["max_new_tokens"]) == (False, 1, 2)
-    assert written(OWN, ["calm"], longest=7)[1]["max_new_tokens"] == 7
+    assert asked["eos_token_id"] == tokenizer.eos_token_id
+    assert Text(CLASSES).longest({"label": [0]}, tokenizer) == 2
+    assert Text(OWN).longest({"names": [["king"], ["a king near the queen"]], "right": [["king"]] * 2},
+                             tokenizer) == 6
+
+
+def test_a_checkpoints_own_habits_of_writing_are_left_out(tmp_path):
+    tokenizer = word_tokenizer()
+    model = tiny("t5", "seq2seq", vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+                 eos_token_id=tokenizer.eos_token_id)
+    model.generation_config.update(min_new_tokens=9, no_repeat_ngram_size=1, num_beams=3, length_penalty=9.0,
+                                   forced_bos_token_id=tokenizer.eos_token_id, max_length=40)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = load_backbone(tmp_path, "seq2seq")
+    form = Text(CLASSES)
+    batch, _ = batch_of(form, rows_of(CLASSES), tokenizer, training=False)
+    plain = tiny("t5", "seq2seq", vocab_size=len(tokenizer))
+    plain.load_state_dict(loaded.state_dict())
+    asked = {name: batch[name] for name in ("input_ids", "attention_mask")} | {
+        "do_sample": False, "num_beams": 1, "max_new_tokens": 4, "eos_token_id": tokenizer.eos_token_id}
+    assert torch.equal(loaded.generate(**asked), plain.generate(**asked))
 
 
 def test_a_gated_model_writes_what_its_backbone_would():
@@ -411,6 +433,16 @@ def test_a_tokenizer_without_padding_is_refused():
 def test_an_unknown_form_names_the_nearest():
     with pytest.raises(UnknownName, match="did you mean 'words'"):
         FORMS["word"]
+
+
+def test_two_very_long_texts_are_cut(data_dir):
+    "All ways to cut a pair are made before one is taken; 100,000 letters on both sides would fill the memory."
+    task = Task("pair", ("one", "other"), ("no", "yes"))
+    rows = {"one": ["word " * 20_000, "a"], "other": ["other " * 20_000, "word " * 20_000], "label": [0, 1]}
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizers" / "bert-base-uncased")
+    entries = Head(task).encode(rows, tokenizer, 32)
+    assert [len(ids) for ids in entries["input_ids"]] == [32, 32]
+    assert [sum(marks) for marks in entries["token_type_ids"]] == [15, 29]
 
 
 @pytest.mark.parametrize("name", FORMS)

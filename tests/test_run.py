@@ -142,6 +142,23 @@ def test_one_run_leaves_its_account_and_is_not_run_twice(tmp_path, measure):
     assert account.stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("asked, file", [
+    ({"task": "rows.csv"}, "rows.csv"), ({"task": "mine/tone", "data_dir": "data"}, "data/mine/tone/train.csv"),
+    ({"structures": ["found.json"]}, "found.json")])
+def test_other_content_of_a_file_is_another_question(asked, file, tmp_path, monkeypatch):
+    template = write_template(tmp_path / "t.ipynb", RESULT, parameters=PARAMETERS + "structures = []\n")
+    monkeypatch.chdir(tmp_path)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text("a")
+    Path("data").mkdir(exist_ok=True)
+    Path("data", "of_another_task").write_text("x")
+    once, again = (execute(template, asked, tmp_path, "s") for _ in range(2))
+    Path("data", "of_another_task").write_text("y")
+    assert once.id == again.id == execute(template, asked, tmp_path, "s").id
+    Path(file).write_text("b")
+    assert execute(template, asked, tmp_path, "s").id != once.id
+
+
 def test_a_misspelt_parameter_leaves_no_folder(tmp_path, measure):
     with pytest.raises(UnknownName):
         execute(measure, {"sede": 2}, tmp_path / "reports", "s")

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import scipy.stats
 import sklearn.metrics
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from s3pet_nb.agreement import SEEN, UNSEEN, agreement_rows
 from s3pet_nb.core import UnknownName
+from s3pet_nb.protocol import PROTOCOLS
 from s3pet_nb.rows import FILES, SPLIT_RULES, Splits, content, fill, halves
 from s3pet_nb.task import METRICS, TASKS, Task, copa_pairs, find_task, marked_spans
 
@@ -415,6 +416,53 @@ def test_the_metrics_are_those_of_table_4():
         "glue/qqp", "glue/qnli", "superglue/record", "glue/sst2", "glue/mnli"}
 
 
+HUB = {  # configuration, and the labels in their order, as nyu-mll/glue and aps/super_glue have them
+    "glue/cola": ("cola", "unacceptable acceptable"), "glue/sst2": ("sst2", "negative positive"),
+    "glue/mrpc": ("mrpc", "not_equivalent equivalent"), "glue/qqp": ("qqp", "not_duplicate duplicate"),
+    "glue/stsb": ("stsb", ""), "glue/mnli": ("mnli", "entailment neutral contradiction"),
+    "glue/qnli": ("qnli", "entailment not_entailment"), "glue/rte": ("rte", "entailment not_entailment"),
+    "glue/wnli": ("wnli", "not_entailment entailment"), "superglue/boolq": ("boolq", "False True"),
+    "superglue/cb": ("cb", "entailment contradiction neutral"), "superglue/copa": ("copa", "choice1 choice2"),
+    "superglue/multirc": ("multirc", "False True"), "superglue/record": ("record", ""),
+    "superglue/rte": ("rte", "entailment not_entailment"), "superglue/wic": ("wic", "False True"),
+    "superglue/wsc": ("wsc.fixed", "False True")}
+BESIDE = {"glue/mrpc": "accuracy", "glue/qqp": "accuracy", "glue/stsb": "spearman", "superglue/cb": "f1-macro",
+          "superglue/multirc": "em", "superglue/record": "record-em"}
+
+
+def test_configurations_and_labels_are_the_hubs():
+    tasks = {name: task for name, task in TASKS.items() if not task.make}
+    assert {name: (task.config, " ".join(task.labels)) for name, task in tasks.items()} == HUB
+    assert {name: task.hub for name, task in tasks.items()} == {
+        name: "nyu-mll/glue" if name.startswith("glue/") else "aps/super_glue" for name in HUB}
+    assert {name: task.beside for name, task in tasks.items() if task.beside} == {
+        name: (metric,) for name, metric in BESIDE.items()}
+
+
+TABLE_3 = """cola 32 15 100 15 100 | mnli 32 1 200 3 500 | mrpc 32 20 50 20 50 | qnli 32 4 200 4 200
+qqp 32 1 200 3 500 | sst2 32 5 150 5 150 | stsb 32 40 100 40 100 | boolq 16 15 200 15 200 | cb 16 60 20 60 20
+copa 16 40 20 40 20 | multirc 16 5 200 10 200 | record 8 1 200 1 200 | rte 16 20 50 40 50
+wic 16 20 100 20 100""".replace("\n", " | ")
+
+
+def test_the_protocol_is_table_3():
+    protocol, rows = PROTOCOLS["s3pet"], (row.split() for row in TABLE_3.split(" | "))
+    table = {f"{'glue' if int(batch) == 32 else 'superglue'}/{name}": (int(batch), *map(int, numbers))
+             for name, batch, *numbers in rows}
+    assert len(table) == 14
+    for name, row in table.items():
+        search, retrain = protocol.search[name], protocol.retrain[name]
+        assert (TASKS[name].batch_size, search.epochs, search.every, retrain.epochs, retrain.every) == row
+    for name, like in {"glue/rte": "rte", "glue/wnli": "rte", "superglue/wsc": "wic"}.items():
+        assert protocol.retrain[name] == protocol.retrain[f"superglue/{like}"]
+
+
+def test_a_papers_rule_is_for_its_own_tasks():
+    rules = [PROTOCOLS[name].split_rule(task) for name in ("s3pet", "lawton")
+             for task in ("glue/rte", "superglue/cb", "reviews")]
+    assert rules == [None, None, None, "official", None, None]
+
+
 def test_label_words():
     grid = TASKS["glue/stsb"].label_words
     assert grid[:2] == ("0.0", "0.2") and grid[-1] == "5.0"
@@ -446,8 +494,11 @@ def test_record_rows(tmp_path):
     plain = task.prepare(row)
     assert plain["passage"] == "It rained. It stopped. All slept"
     assert task.choices(plain) == [("Anna slept", plain["passage"]), ("Bob slept", plain["passage"])]
-    assert copa_pairs({"premise": "It fell.", "question": "effect", "choice1": "x", "choice2": "y"}) == [
-        ("It fell. What happened as a result?", "x"), ("It fell. What happened as a result?", "y")]
+    for asked, sentence in (("effect", "What happened as a result?"), ("cause", "What was the cause?")):
+        assert copa_pairs({"premise": "It fell.", "question": asked, "choice1": "x", "choice2": "y"}) == [
+            (f"It fell. {sentence}", "x"), (f"It fell. {sentence}", "y")]
+    for end in ".?!\"'":
+        assert task.prepare(row | {"passage": f"Why{end}\n@highlight\nSo"})["passage"] == f"Why{end} So"
 
 
 def test_multirc_keeps_the_answers_of_a_question_together(tmp_path):
@@ -619,6 +670,69 @@ def test_integers_are_numbers_where_the_metric_says_so():
         Task.of(frame)
 
 
+def classes(names, labels):
+    features = Features({"line": Value("string"), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"line": [f"{names} {i}" for i in range(len(labels))], "label": labels}, features)
+
+
+def test_named_labels_count_by_their_names():
+    task = Task.of({"train": classes(["no", "yes"], [0, 1, 1, 0]), "dev": classes(["yes", "no"], [0, 1, 0]),
+                    "test": classes(["no", "yes"], [1, 1])})
+    splits = task.load()
+    assert sorted(splits.train["label"]) == [0, 0, 1, 1] and splits.validation["label"][:] == [1, 0, 1]
+    assert splits.validation.features["label"].names == ["no", "yes"]
+    plain = Dataset.from_dict({"line": ["a", "b"], "label": [1, 0]})
+    assert Task.of({"train": classes(["no", "yes"], [0, 1]), "dev": plain}).load().sizes["validation"] == 1
+    with pytest.raises(ValueError, match="'perhaps' is a label of validation .*; allowed is 0 … 1 or no, yes"):
+        Task.of({"train": classes(["no", "yes"], [0, 1]), "dev": classes(["no", "perhaps"], [0, 1])}).load()
+    with pytest.raises(ValueError, match="label -1 in row 1 of validation"):
+        Task.of({"train": classes(["no", "yes"], [0, 1]), "dev": classes(["yes", "no"], [0, -1])}).load()
+    with pytest.raises(ValueError, match="names in some splits and not in the training rows"):
+        Task.of({"train": plain, "dev": classes(["no", "yes"], [0, 1])})
+
+
+def test_a_file_with_the_labels_in_another_order_is_read_by_name(tmp_path):
+    turned = classes(["not_entailment", "entailment"], [0, 1]).rename_column("line", "sentence1")
+    for split in ("train", "validation"):
+        (tmp_path / "glue" / "rte").mkdir(parents=True, exist_ok=True)
+        turned.add_column("sentence2", [split, "b"]).to_parquet(tmp_path / "glue" / "rte" / f"{split}.parquet")
+    assert sorted(TASKS["glue/rte"].load(tmp_path).train.to_pandas()[["sentence2", "label"]].values.tolist()) == [
+        ["b", 0], ["train", 1]]
+
+
+def test_what_is_text_in_training_is_text_in_every_split(tmp_path):
+    for split, label, line in (("train", "3+", "a"), ("test", "1", "1999"), ("dev", "2", "2000")):
+        (tmp_path / f"{split}.csv").write_text(
+            f"line,label\n{line} b,{label}\n{line},1\n{line}c,2\n" if split == "train"
+            else f"line,label\n{line},{label}\n")
+    task = Task.of(tmp_path)
+    assert task.labels == ("1", "2", "3+") and task.load().test.to_list() == [{"line": "1999", "label": 0}]
+
+
+def test_an_index_of_pandas_is_no_text(tmp_path):
+    frame = ROWS.to_pandas()
+    frame.index = [f"id {i}" for i in frame.index]
+    frame.to_parquet(tmp_path / "rows.parquet")
+    assert Task.of(tmp_path / "rows.parquet").texts == Task.of(ROWS).texts
+
+
+def test_lists_of_large_strings_are_the_same_content():
+    words = [["a", "b"], ["a b"]]
+    large = Dataset(pa.table({"words": pa.array(words, pa.large_list(pa.large_string()))}))
+    assert content(large, ["words"]).tolist() == content(Dataset.from_dict({"words": words}), ["words"]).tolist()
+
+
+def test_an_empty_text_in_quotes_is_a_text(tmp_path):
+    (tmp_path / "rows.csv").write_text('line,label\n"",0\na,1\nb,0\n')
+    assert sorted(line for _, rows in Task.of(tmp_path / "rows.csv").load().items() for line in rows["line"]) == [
+        "", "a", "b"]
+
+
+def test_rows_that_all_stay_together_cannot_be_split():
+    with pytest.raises(ValueError, match="is empty; rows with the same line stay together: give more"):
+        Task.of(pd.DataFrame({"line": ["a"] * 20, "label": [0, 1] * 10})).load()
+
+
 def test_what_makes_no_task_says_why(tmp_path):
     frame = ROWS.to_pandas()
     for source, options, said in [
@@ -629,6 +743,10 @@ def test_what_makes_no_task_says_why(tmp_path):
         ({"train": frame, "dev": frame.assign(label="x")}, {}, "label holds integers and text"),
         (frame.rename(columns={"label": "labels"}), {}, "has no column 'label', but 'labels'"),
         (frame, {"texts": ["lime"]}, "has no column 'lime', but 'line'"),
+        (frame, {"texts": "lime"}, "has no column 'lime', but 'line'"),
+        (frame.assign(label=[0.5, float("inf")] * 10), {}, "a label is not a finite number"),
+        (frame, {"words": ["no"]}, "give every class one of its own"),
+        (frame, {"labels": ["no", "no"]}, "give every class one of its own"),
         (frame, {"metric": "pearson", "labels": ["a", "b"]}, "for labels of kind 'number'"),
         (frame.assign(label=[["a"]] * 20), {}, "label holds list"),
         ({"eval": frame, "test": frame}, {}, "no split 'train'"),
@@ -652,7 +770,8 @@ def test_what_makes_no_task_says_why(tmp_path):
 
 def test_a_test_without_labels_is_left_out():
     unknown = ROWS.take(4).map(lambda row: {"label": -1})
-    for source in (unknown, unknown.remove_columns("label"), ROWS.to_pandas().assign(label=None)):
+    for source in (unknown, unknown.remove_columns("label"), ROWS.to_pandas().assign(label=None),
+                   ROWS.to_pandas().assign(label=-1.0)):
         with pytest.warns(UserWarning, match="test split is left out; it has no labels"):
             task = Task.of({"train": ROWS, "dev": ROWS, "test": source})
         assert task.rule == "halve" and task.labels == ("0", "1")
@@ -682,6 +801,9 @@ def test_find_task_knows_rows_paths_and_the_hub(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="'nobody/nothing'.*give a file, a folder"):
         find_task("hub:nobody/nothing")
+    for name in ("", "hub:"):
+        with pytest.raises(UnknownName):
+            find_task(name)
 
 
 # ---- the hub

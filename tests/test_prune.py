@@ -524,12 +524,12 @@ def test_two_processes_score_what_one_does_with_two_batches(tmp_path):
 
 def test_the_protocol_by_name():
     lawton = PROTOCOLS["lawton"]
-    steps = lawton.steps("glue/mrpc", 3668, 16)
+    steps = lawton.steps("glue/mrpc", "retrain", 3668 // 16)
     config = lawton.config(steps, lawton.lr(1.0))
     assert (steps, config.lr, config.take, config.clip) == (20 * 229, 1e-5, "last", math.inf)
     assert round(config.warmup * steps) == 275 and (lawton.batch_size, lawton.max_length) == (16, 128)
     assert lawton.metrics == {"glue/mrpc": "accuracy", "glue/qqp": "accuracy"}
-    assert lawton.seeds == 5 and set(lawton.epochs.values()) == {20, 5, 2}
+    assert lawton.seeds == 5 and {row.epochs for row in lawton.retrain.values()} == {20, 5, 2}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import time
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from uuid import uuid4
 
 import datasets
 import numpy as np
@@ -44,7 +43,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from . import __version__
-from .core import evaluating
+from .core import evaluating, writing
 from .form import Form
 from .learner import check_counts, to_device
 from .task import METRICS
@@ -188,22 +187,15 @@ def write_entries(path: Path, key: str, chunks: Chunks, workers: int) -> None:
     for left in path.parent.glob(".*.arrow.*.tmp"):  # of a process that was killed
         if time.time() - left.stat().st_mtime > A_DAY:
             left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     parts = DataLoader(chunks, batch_size=None, num_workers=workers if len(chunks) > MANY else 0,
                        worker_init_fn=one_thread, generator=torch.Generator())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            writer = None
-            for part in parts:
-                writer = writer or pa.ipc.new_stream(file, part.schema.with_metadata({"key": key}))
-                writer.write_batch(part)
-            writer.close()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path) as file:
+        writer = None
+        for part in parts:
+            writer = writer or pa.ipc.new_stream(file, part.schema.with_metadata({"key": key}))
+            writer.write_batch(part)
+        writer.close()
 
 
 def entries_of(

@@ -8,6 +8,7 @@
 - `s3pet_nb.cli`: The commands: s3pet demo, search, prune, study, tasks and report
 - `s3pet_nb.core`: A registry, seeding, counting: the small things that every other module leans on
 - `s3pet_nb.form`: How a model is asked a row of a task, and how its answer is read
+- `s3pet_nb.fuse`: The fast form of an open supernet: what all modules add, in a few products
 - `s3pet_nb.gate`: From structural parameters to activation probabilities and gate samples: alpha, p, z
 - `s3pet_nb.learner`: One training loop for searching and for training; what watches it, and what brings it back
 - `s3pet_nb.pet`: PET modules under the unified view: a change Delta, gated by z

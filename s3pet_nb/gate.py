@@ -118,6 +118,12 @@ class Gate(ABC):
         "Gates without noise, for an evaluation: z = p."
         return p
 
+    def closed(self,
+               z: Tensor,  # (N,) samples of this gate
+               ) -> Tensor:  # (N,) bool
+        "Gates that let neither a change nor a gradient through, so that their modules can be left out."
+        return z == 0
+
     def penalty(self,
                 p: Tensor,  # (N,)
                 ) -> Tensor:  # ()
@@ -172,6 +178,10 @@ class StraightThrough(ShiftedSigmoid):
     def z(self, p: Tensor, u: Tensor) -> Tensor:
         soft = binary_concrete(p, u, self.beta)
         return (u > 1 - p).to(p.dtype) + (soft - soft.detach())
+
+    def closed(self, z: Tensor) -> Tensor:
+        "None where z has a gradient: it passes a closed gate."
+        return super().closed(z) & (not z.requires_grad)
 
 # %% ../nbs/api/04_gate.ipynb #04-gate-027
 @dataclass(frozen=True)
@@ -279,6 +289,9 @@ class Annealed(Gate):
 
     def expected(self, p: Tensor) -> Tensor:
         return self.at(0.0).expected(p)
+
+    def closed(self, z: Tensor) -> Tensor:
+        return self.gate.closed(z)
 
     def penalty(self, p: Tensor) -> Tensor:
         return self.at(0.0).penalty(p)

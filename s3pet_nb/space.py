@@ -40,6 +40,7 @@ from torch.nn.utils import parametrize
 from .backbone import Position, head_parameters, positions
 from .budget import expected_size
 from .core import Registry, UnknownName, evaluating, n_params
+from .fuse import before_each_pass, fuse
 from .gate import Gate, ShiftedSigmoid
 from .pet import PET_MODULES, PETModule, Settings, check_settings
 
@@ -270,6 +271,7 @@ class GatedModel(nn.Module):
         with torch.random.fork_rng():
             pets = [candidate.make(seed) for candidate in space.candidates]
         self.pets = nn.ModuleList(pets).to(model.device)
+        self.simple = range(len(space))  # the candidates that are not carried by the fast form
         self.z = torch.ones(len(space))
 
     def forward(self, *args, **kwargs):
@@ -296,8 +298,13 @@ class GatedModel(nn.Module):
 
     @z.setter
     def z(self, z: Tensor) -> None:
-        self._z = z
-        self.open = z.to(self.model.device, torch.float32).unbind()  # one () tensor per candidate
+        self._set(z, (z == 0) & (not z.requires_grad))
+
+    def _set(self, z: Tensor, closed: Tensor) -> None:
+        self._z, self.closed = z, closed.tolist()
+        self.gates = z.to(self.model.device, torch.float32)  # (N,), in one piece
+        alone = torch.tensor(self.simple, dtype=torch.int64, device=self.gates.device)
+        self.open = dict(zip(self.simple, self.gates[alone].unbind()))  # a () tensor for each
 
     def meet(self, B: int) -> float:
         "Solve zeta for the budget B and return the expected size E[N] <= B."
@@ -306,7 +313,8 @@ class GatedModel(nn.Module):
 
     def sample(self, u: Tensor) -> None:
         "Draw the gates z from p with uniform noise u, (N,) float64."
-        self.z = self.gate.z(self.p, u)
+        z = self.gate.z(self.p, u)
+        self._set(z, self.gate.closed(z))
 
     def expect(self) -> None:
         "Set the gates to what the gate expects without noise (z = p for the shifted sigmoid); no gradient."
@@ -361,6 +369,8 @@ def _unparametrize(module: nn.Module, name: str, order: list[str]) -> None:
 def _hook_output(gated: GatedModel, here: list[int], inputs: dict[str, Tensor]) -> Callable:
     def add_deltas(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
         for i in here:
+            if gated.closed[i]:
+                continue
             position = gated.space.candidates[i].position
             h_in = args[0] if position.source == position.path else inputs[position.source]
             out = out + gated.pets[i](h_in, out, gated.open[i]).to(out.dtype)
@@ -375,17 +385,19 @@ def _note_input(inputs: dict[str, Tensor], path: str) -> Callable:
 
 # %% ../nbs/api/06_space.ipynb #06-space-028
 def _wire(gated: GatedModel, undo: ExitStack) -> None:
+    "Attach the candidates of the simple form."
     model, inputs, outputs, vectors = gated.model, {}, defaultdict(list), defaultdict(list)
-    for i, candidate in enumerate(gated.space.candidates):
-        path = candidate.position.path
+    for i in gated.simple:
+        path = gated.space.candidates[i].position.path
         target = gated.pets[i].target(model.get_submodule(path))
         (outputs[path] if target == "output" else vectors[path, target]).append(i)
     for path, here in outputs.items():
-        here.sort(key=lambda i: gated.space.candidates[i].position.kind == "block")
+        here.sort(key=lambda i: (gated.space.candidates[i].position.kind == "block",
+                                 gated.pets[i].vector() is None and gated.pets[i].factors() is None))
         undo.callback(
             model.get_submodule(path).register_forward_hook(_hook_output(gated, here, inputs)).remove)
-    blocks = [c.position for c in gated.space.candidates if c.position.kind == "block"]
-    for source in {position.source for position in blocks}:
+    places = [gated.space.candidates[i].position for i in gated.simple]
+    for source in {place.source for place in places if place.kind == "block"}:
         undo.callback(
             model.get_submodule(source).register_forward_pre_hook(_note_input(inputs, source)).remove)
     for (path, name), here in vectors.items():
@@ -393,6 +405,15 @@ def _wire(gated: GatedModel, undo: ExitStack) -> None:
         undo.callback(_unparametrize, module, name, order=list(module._parameters))
         for i in here:
             parametrize.register_parametrization(module, name, _Shift(gated, i))
+
+
+def _wire_fused(gated: GatedModel, undo: ExitStack) -> None:
+    "Attach the candidates that declare themselves in the fast form, and leave the others for the simple one."
+    fused = fuse(gated.model, gated.pets, [candidate.position for candidate in gated.space.candidates])
+    gated.simple = [i for i in range(len(gated.space)) if i not in fused.carried]
+    gated.z = gated.z
+    undo.enter_context(fused.wired())
+    undo.enter_context(before_each_pass(gated.model, lambda: fused.prepare(gated.gates, gated.closed)))
 
 # %% ../nbs/api/06_space.ipynb #06-space-029
 def _freeze(model: transformers.PreTrainedModel, undo: ExitStack) -> None:
@@ -412,6 +433,7 @@ def attach(
     space: SearchSpace,  # made from this model
     gate: Gate = ShiftedSigmoid(),  # alpha -> p -> z
     seed: int = 0,  # of the modules' initial weights
+    fused: bool = True,  # the fast form where there is one; False for the simple form of all
 ) -> Iterator[GatedModel]:
     "Attach every candidate of `space` to `model`; on exit the model is bit for bit what it was."
     if getattr(model, "carries_pet", False):
@@ -421,5 +443,7 @@ def attach(
         undo.callback(delattr, model, "carries_pet")
         _freeze(model, undo)
         gated = GatedModel(model, space, gate, seed)
+        if fused:
+            _wire_fused(gated, undo)
         _wire(gated, undo)
         yield gated

@@ -387,3 +387,21 @@ def test_what_cannot_be_annealed_is_refused():
     for progress in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match="progress must be between 0 and 1"):
             Annealed(ShiftedSigmoid()).at(progress)
+
+
+@pytest.mark.parametrize("gate", [ShiftedSigmoid(), HardConcrete(), StraightThrough(),
+                                  Annealed(StraightThrough(), beta=linear(1.0, 0.1))])
+def test_a_closed_gate_lets_neither_a_change_nor_a_gradient_through(gate):
+    p = torch.linspace(0, 1, 1_001, dtype=torch.float64, requires_grad=True)
+    z = gate.z(p, torch.full_like(p, 0.5))
+    slope, = torch.autograd.grad(z.sum(), p)
+    closed = gate.closed(z)
+    assert z[closed].eq(0).all() and slope[closed].eq(0).all()
+    assert gate.closed(z.detach()).eq(z == 0).all()
+
+
+def test_hard_concrete_closes_and_straight_through_does_not():
+    p = torch.full((1_000,), 0.2, dtype=torch.float64, requires_grad=True)
+    u = torch.rand(1_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert HardConcrete().closed(HardConcrete().z(p, u)).any()
+    assert not StraightThrough().closed(StraightThrough().z(p, u)).any()

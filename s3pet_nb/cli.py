@@ -184,6 +184,9 @@ def _check_gates(params: Mapping) -> None:
         raise ValueError("the gate 'hard-concrete' has no tau; leave tau and tau_end out")
     if params["order"] == "second" and params["precision"] == "bf16":
         raise ValueError("order 'second' drowns in the rounding of bf16; choose first, central or auto")
+    if params["order"] == "exact" and params["compiled"]:
+        raise ValueError("order 'exact' differentiates twice, which torch.compile cannot; "
+                         "choose another order, or compiled=False")
     official = PROTOCOLS[params["protocol"]].split_rule(params["task"]) == "official"
     if official and params["alphas"] == "best":
         raise ValueError(f"protocol {params['protocol']!r} has one set for validation and test, on which "
@@ -292,7 +295,7 @@ def _whole(task: str) -> str:
 
 def _go(study_name: str, out: Path, options: Mapping, settings: list[str]) -> None:
     "Lay the options over a study, run it and show what came out."
-    from s3pet_nb.report import index, report
+    from s3pet_nb.report import index, report, stopped_early
     from s3pet_nb.run import execute, parameters, resolve, study
 
     asked = study(study_name)
@@ -303,6 +306,8 @@ def _go(study_name: str, out: Path, options: Mapping, settings: list[str]) -> No
     page = report(run)
     index(out)
     Console(force_jupyter=False).print(closing_table(run.result))
+    if early := stopped_early(run.result):
+        say(f"search: stopped {early}", stderr=False)
     say(f"report: {page}", stderr=False)
 
 # %% ../nbs/api/25_cli.ipynb #25-cli-030

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from .budget import resolve_budget
 from .core import Registry, UnknownName
-from .learner import Callback, Checkpoint, Learner, Log, Progress, Stream, check_same
+from .learner import Callback, Checkpoint, Learner, Log, Progress, Stream, check_same, cost
 from .pet import PET_MODULES
 from .search import describe, negative_loss
 from .space import GatedModel, SearchSpace
@@ -240,7 +240,7 @@ class ScoredStep(TrainStep):
         grads, loss = self.gradients(batches)
         self.note(grads[:len(self.scored)])
         self.stepper.step(grads)
-        return {"loss": loss}
+        return {"loss": loss, **cost(1, self.model.device)}
 
     @property
     def mean(self) -> Tensor:

@@ -17,8 +17,8 @@ them."""
 
 # %% auto #0
 __all__ = ['PLOTLY', 'WIDGET', 'SCRIPT', 'ERROR_TAG', 'OPTIONS', 'GIVEN', 'STYLE', 'TEMPLATE', 'URLS', 'REMOVED', 'FILES',
-           'ASKED', 'figure_html', 'static_output', 'failure', 'static_notebook', 'command', 'facts', 'title',
-           'head_html', 'page', 'report', 'score_texts', 'index_frame', 'index']
+           'ASKED', 'figure_html', 'static_output', 'failure', 'static_notebook', 'command', 'stopped_early', 'facts',
+           'title', 'head_html', 'page', 'report', 'score_texts', 'index_frame', 'index']
 
 # %% ../nbs/api/24_report.ipynb #24-report-003
 import html
@@ -126,9 +126,14 @@ def command(
     return shlex.join(words)
 
 # %% ../nbs/api/24_report.ipynb #24-report-019
-def _stopped_early(result: Mapping) -> str | None:
-    early = (result.get("search") or {}).get("early_stop")
-    return early and f"at step {early['step']:,}, {early['saved']:.0%} of the steps saved"
+def stopped_early(
+    result: Mapping,  # what result.json holds
+) -> str | None:
+    "When a search stopped because its set no longer changed, and what that saved; None if it did not."
+    search = result.get("search") or {}
+    early = search.get("early_stop")
+    return early and (f"after {early['step']:,} of {search['planned']:,} steps: "
+                      f"{early['saved']:.0%} of the search saved")
 
 
 def _criterion(params: Mapping) -> str | None:
@@ -174,7 +179,7 @@ def facts(
         "Form": result.get("form"),
         "Search space": space,
         "Gate and order": ", ".join(params[name] for name in ("gate", "order") if name in params) or None,
-        "Stopped early": _stopped_early(result),
+        "Stopped early": stopped_early(result),
         "Criterion": _criterion(params),
         "Pruning": _pruned(params),
         "Protocol": _protocol(params),

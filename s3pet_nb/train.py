@@ -29,7 +29,8 @@ from .bilevel import accumulate
 from .budget import resolve_budget
 from .core import Registry, evaluating
 from .learner import (Callback, Checkpoint, Compute, Evaluate, Groups, Learner, Log, Progress,
-                              average, check_counts, check_finite, check_same, my_share, own_noise, to_device)
+                              average, check_counts, check_finite, check_same, cost, my_share, own_noise,
+                              to_device)
 from .search import Stepper, negative_loss
 from .space import BLOCK, LINEAR, NORM, SPACES, Rule, SearchSpace, lora_at, make_space
 from .structure import Structure, select
@@ -47,7 +48,7 @@ class TrainConfig:
     take: str = "best"  # whose weights are kept: those of the "best" or of the "last" evaluation
     dropout: bool = True  # the backbone's own; short runs on a frozen backbone learn much sooner without
     seed: int = 0  # of the new weights and of dropout
-    compute: Compute = Compute()  # precision, accumulation, gradient checkpointing
+    compute: Compute = Compute()  # precision, accumulation, gradient checkpointing, compilation
 
     def __post_init__(self):
         check_counts(steps=self.steps, evaluate_every=self.evaluate_every)
@@ -130,6 +131,7 @@ class TrainStep:
                  digest: str = "",  # of what the names and shapes of the weights do not say
                  ):
         self.model, self.weights, self.config, self.digest = model, weights, config, digest
+        self.forward = config.compute.compiled(model)
         self.stepper = Stepper(weights.values(), config.lr, config.clip, config.steps,
                                round(config.warmup * config.steps))
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -141,7 +143,7 @@ class TrainStep:
         for k, batch in my_share(batches):
             torch.manual_seed(noise + k)
             with compute.autocast(device):
-                loss = self.model(**to_device(batch, device)).loss
+                loss = self.forward(**to_device(batch, device)).loss
             yield loss / compute.accumulate
 
     def slopes(self, part: Tensor) -> list[Tensor]:
@@ -157,7 +159,7 @@ class TrainStep:
     def __call__(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         grads, loss = self.gradients(batches)
         self.stepper.step(grads)
-        return {"loss": loss}
+        return {"loss": loss, **cost(1, self.model.device)}
 
     def snapshot(self) -> dict[str, Tensor]:
         "A copy of the trained weights, on the CPU."

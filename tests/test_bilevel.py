@@ -465,6 +465,33 @@ def test_moved_weights_keep_odd_bits():
     assert torch.equal(weight.detach().view(torch.int64), bits.view(torch.int64))
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_many_weights_of_several_kinds_move_together_and_come_back(kind):
+    draw, kinds = torch.Generator().manual_seed(0), (torch.float32, torch.float64, torch.bfloat16)
+    weights = [Parameter(torch.randn(shape, generator=draw).to(dtype))
+               for shape in ((), (5,), (2, 3)) for dtype in kinds]
+    towards = kind(torch.randn(weight.shape, generator=draw).to(weight.dtype) for weight in weights)
+    before = [weight.detach().clone() for weight in weights]
+    with pytest.raises(ZeroDivisionError), moved(kind(weights), towards, 0.25):
+        for weight, old, direction in zip(weights, before, towards):
+            torch.testing.assert_close(weight.detach(), old + 0.25 * direction)
+        1 / 0
+    assert all(torch.equal(weight, old) for weight, old in zip(weights, before))
+
+
+def test_no_weights_need_no_move():
+    with moved([], [], 1.0):
+        pass
+
+
+def test_a_direction_that_does_not_fit_leaves_the_weights_as_they_were():
+    weights = [Parameter(torch.ones(2)), Parameter(torch.ones(3))]
+    for direction in ([torch.ones(2)], [torch.ones(2), torch.ones(4)]):
+        with pytest.raises(RuntimeError), moved(weights, direction, 1.0):
+            pass
+        assert all(torch.equal(weight, torch.ones_like(weight)) for weight in weights)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_loss_that_does_not_depend_on_a_variable_has_gradient_zero_for_it(order):
     d, unused, a = real([1.0, 2.0]), real(3.0), real([0.5, 0.5])
@@ -530,30 +557,32 @@ def orders(auto, shares, first=1):
     taken = []
     for step, share in enumerate(shares, start=first):
         taken.append(auto.order(step))
-        if taken[-1] == "central":
+        if taken[-1] == auto.measure:
             auto.note(share)
     return taken
 
 
 def test_auto_measures_now_and_then_while_the_share_is_small():
     taken = orders(Auto(every=4), [0.005] * 10)
-    assert taken == [*["central"] + ["first"] * 3] * 2 + ["central", "first"]
+    assert taken == [*["second"] + ["first"] * 3] * 2 + ["second", "first"]
 
 
 def test_auto_stays_with_the_mixed_term_while_the_share_is_large():
-    assert orders(Auto(every=4), [0.02] * 10) == ["central"] * 10
-    assert orders(Auto(every=4), [0.01] * 6) == ["central"] * 6
-    assert orders(Auto(every=4), [math.nan, math.inf] * 3) == ["central"] * 6
+    assert orders(Auto(every=4), [0.02] * 10) == ["second"] * 10
+    assert orders(Auto(every=4), [0.01] * 6) == ["second"] * 6
+    assert orders(Auto(every=4), [math.nan, math.inf] * 3) == ["second"] * 6
 
 
 def test_auto_leaves_the_term_out_from_the_first_small_share_to_the_next_large_measurement():
     shares = [0.9, 0.005, 0.5, 0.5, 0.02, 0.02, 0.005, 0.5, 0.005, 0.5, 0.5]
-    assert orders(Auto(every=4), shares) == [
-        "central", "central", "first", "first", "central", "central", "central", "first", "central", "first", "first"]
+    for measure in ("second", "central", "exact"):
+        taken = orders(Auto(every=4, measure=measure), shares)
+        assert set(taken) == {"first", measure}
+        assert [step for step, order in enumerate(taken, start=1) if order == measure] == [1, 2, 5, 6, 7, 9]
 
 
 def test_auto_measures_every_step():
-    assert orders(Auto(every=1), [0.001] * 3) == ["central"] * 3
+    assert orders(Auto(every=1), [0.001] * 3) == ["second"] * 3
 
 
 @pytest.mark.parametrize("at", range(1, 30))
@@ -565,10 +594,16 @@ def test_auto_decides_the_same_after_a_resume(at):
     begun = orders(first, shares[:at])
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert begun + orders(second, shares[at:], first=at + 1) == whole
-    assert set(whole) == {"first", "central"}
+    assert set(whole) == {"first", "second"}
 
 
 @pytest.mark.parametrize("settings", [dict(every=0), dict(limit=0.0), dict(limit=-1.0), dict(limit=math.nan)])
 def test_auto_refuses_settings_that_decide_nothing(settings):
     with pytest.raises(ValueError, match="every must be at least 1 and limit above 0"):
         Auto(**settings)
+
+
+@pytest.mark.parametrize("measure, words", [("first", "choose"), ("secnd", "did you mean 'second'")])
+def test_auto_refuses_an_order_that_measures_nothing(measure, words):
+    with pytest.raises(UnknownName, match=words):
+        Auto(measure=measure)

@@ -39,7 +39,9 @@ from s3pet_nb.store import Run
 if search_steps == 13:
     raise FloatingPointError("the loss is NaN at step 13; lower lr")
 Run(run_folder).save_result({{"task": task, "metric": "accuracy", "budget": 4542, "n_backbone": 22_713_216,
-                              "rows": [{ROW!r}], "seed": seed, "steps": search_steps, "lr": lr}})"""
+                              "rows": [{ROW!r}], "seed": seed, "steps": search_steps, "lr": lr,
+                              "search": {{"planned": 160, "early_stop": {{"step": 96, "saved": 0.4}}
+                                         if seed == 3 else None}}}})"""
     head = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
     notebook = nbformat.v4.new_notebook(cells=[head, nbformat.v4.new_code_cell(body)])
     notebook.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
@@ -116,6 +118,7 @@ def test_a_value_is_never_executed(tmp_path):
     ({"gate": "hard-concrete", "l0": 1.0, "tau": 2.0}, "leave tau and tau_end out"),
     ({"order": "second", "precision": "bf16"}, "drowns in the rounding of bf16"),
     ({"order": "auto", "measure_every": 0}, "give measure_every of at least 1"),
+    ({"order": "exact", "compiled": True}, "choose another order, or compiled=False"),
     ({"baselines": ["lora-r8"], "cut": True, "budget": 5000.0},
      "baseline 'lora-r8' cannot be cut: no module fits into a budget of 5,000 parameters"),
     ({"structures": ["gone.json"]}, "no structure file 'gone.json'"),
@@ -262,8 +265,11 @@ def test_demo_lays_options_over_its_study_and_shows_what_came_out(tiny_template,
     result = json.loads((folder / "result.json").read_text())
     assert (result["seed"], result["steps"], result["lr"]) == (3, 5, 0.5)
     assert "searched" in ended.stdout and "4,540" in ended.stdout and "0.7500" in ended.stdout
-    assert ended.stdout.splitlines()[-1] == f"report: {folder.relative_to(tmp_path) / 'report.html'}"
+    assert ended.stdout.splitlines()[-2:] == [
+        "search: stopped after 96 of 160 steps: 40% of the search saved",
+        f"report: {folder.relative_to(tmp_path) / 'report.html'}"]
     assert (folder / "report.html").stat().st_size > 0
+    assert "stopped" not in invoke("demo", "--seed", "4").stdout
 
     (folder / "report.html").unlink()
     again = invoke("report", str(folder))

@@ -18,8 +18,8 @@ from s3pet_nb.structure import Structure
 from s3pet_nb.task import TASKS
 from s3pet_nb.train import TrainConfig, retrain
 
-SHORT = {"search_steps": 3, "retrain_steps": 3, "evaluate_every": 2, "measure_every": 0, "n_random": 1,
-         "n_train": 64, "n_eval": 32, "batch_size": 8, "max_length": 32}
+SHORT = {"search_steps": 3, "retrain_steps": 3, "evaluate_every": 2, "order": "first", "measure_every": 0,
+         "n_random": 1, "n_train": 64, "n_eval": 32, "batch_size": 8, "max_length": 32}
 
 
 @pytest.mark.parametrize("task, head", [("glue/cola", 770), ("glue/stsb", 385)])

@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 from synthetic import N_FIGURES, PRUNE_TEMPLATE, execute_notebook, make_pruned, make_run
 
 from s3pet_nb.plot import comparison_frame, plot_sizes, table
-from s3pet_nb.report import command, facts, index, report, static_notebook
+from s3pet_nb.report import command, facts, index, report, static_notebook, stopped_early
 from s3pet_nb.store import Run
 
 CHROMIUM = [
@@ -115,10 +115,11 @@ def test_head_says_what_was_asked_and_how_to_ask_again(run):
 def test_head_says_gate_order_and_an_early_stop(tmp_path):
     run = make_run(tmp_path, study="search", steps=12, gate="local", order="auto")
     assert facts(run)["Gate and order"] == "local, auto" and "Stopped early" not in facts(run)
-    for early, said in (None, None), ({"step": 1200, "saved": 0.4}, "at step 1,200, 40% of the steps saved"):
-        search = {**run.result["search"], "gate": "local", "gap": 0.0, "early_stop": early}
+    stopped = {"step": 1200, "saved": 0.4}, "after 1,200 of 2,000 steps: 40% of the search saved"
+    for early, said in (None, None), stopped:
+        search = {**run.result["search"], "gate": "local", "gap": 0.0, "planned": 2000, "early_stop": early}
         run.save_result({**run.result, "search": search})
-        assert facts(run).get("Stopped early") == said
+        assert facts(run).get("Stopped early") == stopped_early(run.result) == said
 
 
 @pytest.mark.parametrize("asked, said", [

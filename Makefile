@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sync notebooks setup clean
+.PHONY: help demo test bench sync notebooks setup clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ demo: $(READY)  ## search, re-train, compare: ends with the path of an HTML repo
 test: $(READY)  ## run every notebook, then pytest
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+bench: $(READY)  ## time searches beside trainings; QUICK=1 for ten minutes, OPTIONS="--device cuda"
+	$(BIN)/python -m tests.bench $(if $(QUICK),--quick) $(OPTIONS)
 
 notebooks: $(READY)  ## export the library from the notebooks and clean them
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-export

@@ -97,12 +97,9 @@ class Vectors:
             name: str,  # of the vector in its owner; a vector that it lacks counts from 0
             ) -> None:
         "Let candidate i shift `owner.name`."
-        own = getattr(owner, name, None)
-        vector = torch.zeros_like(pet.vector(), dtype=owner.weight.dtype) if own is None else own
-        row, _ = self.slots.setdefault((owner, name), (len(self.slots), vector.detach()))
         self.pets.append(pet)
         self.gates.append(i)
-        self.rows.append(row)
+        self.rows.append(self.slots.setdefault((owner, name), len(self.slots)))
 
     def prepare(self,
                 z: Tensor,  # (N,), where the model is
@@ -110,11 +107,17 @@ class Vectors:
         "Put the shifted vectors of a pass in place."
         deltas = torch.stack([pet.vector() for pet in self.pets])  # (K, d)
         shifts = z[torch.tensor(self.gates, device=z.device), None] * deltas
-        base = torch.stack([vector for _, vector in self.slots.values()])
+        base = torch.stack([self.own(*slot, like=deltas[0]) for slot in self.slots])
         rows = torch.tensor(self.rows, device=z.device)
         shifted = base.index_add(0, rows, shifts.to(base.dtype))
         for (owner, name), vector in zip(self.slots, shifted.unbind()):
             vars(owner)[name] = vector
+
+    @staticmethod
+    def own(owner: nn.Module, name: str, like: Tensor) -> Tensor:
+        "The backbone's vector, or zeros."
+        vector = owner._parameters.get(name)
+        return torch.zeros_like(like, dtype=owner.weight.dtype) if vector is None else vector.detach()
 
     def clear(self) -> None:
         "Let the owners have their own vectors back."
@@ -181,7 +184,7 @@ class Together:
             dtype = torch.get_autocast_dtype(device)
         operands = [operand for member in active for operand in member.operands(dtype)]
         outs = LowRankLinear.apply(h.flatten(0, -2).to(dtype), *operands)
-        return {member: out.view(*h.shape[:-1], -1) for member, out in zip(active, outs)}
+        return {member: out.view(*h.shape[:-1], out.shape[-1]) for member, out in zip(active, outs)}
 
 # %% ../nbs/api/05_fuse.ipynb #05-fuse-015
 class Fused:
@@ -254,6 +257,12 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D) and "forward" not in vars(module)
 
 
+def _declares(pet: PETModule, what: str) -> bool:
+    "Whether `what` speaks of the `forward` that the module has: no subclass has another one."
+    kind = next(kind for kind in type(pet).__mro__ if what in vars(kind) or "forward" in vars(kind))
+    return what in vars(kind) and getattr(pet, what)() is not None
+
+
 def fuse(
     model: PreTrainedModel,
     pets: Sequence[PETModule],
@@ -264,12 +273,12 @@ def fuse(
     for i, (pet, position) in enumerate(zip(pets, places, strict=True)):
         module = model.get_submodule(position.path)
         target = pet.target(module)
-        if target != "output" or pet.vector() is not None:
+        if target != "output" or _declares(pet, "vector"):
             vectors[module, target].append(i)
-        elif pet.factors() is not None and _is_plain(module):
+        elif _declares(pet, "factors") and _is_plain(module) and position.source == position.path:
             fused.multiply(i, pet, position, module)
     for (module, target), here in vectors.items():
-        if all(pets[i].vector() is not None for i in here):
+        if all(_declares(pets[i], "vector") for i in here):
             for i in here:
                 fused.shift(i, pets[i], module, target)
     return fused
@@ -281,20 +290,23 @@ def before_each_pass(
     prepare: Callable[[], None],
 ) -> Iterator[None]:
     "Within it `prepare` runs whenever the model, or one of its stacks by itself, is called from outside."
-    depth = 0
+    places = entries(model)
+    within = len(places)  # place of the outermost one that was called and has not returned
 
     def enter(module: nn.Module, args: tuple) -> None:
-        nonlocal depth
-        if depth == 0:
+        nonlocal within
+        place = places.index(module)
+        if place <= within:  # a call that was interrupted has not returned either: the next one starts anew
+            within = place
             prepare()
-        depth += 1
 
     def leave(module: nn.Module, args: tuple, out: object) -> None:
-        nonlocal depth
-        depth -= 1
+        nonlocal within
+        if places.index(module) == within:
+            within = len(places)
 
     with ExitStack() as undo:
-        for module in entries(model):
+        for module in places:
             undo.callback(module.register_forward_pre_hook(enter).remove)
             undo.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield

@@ -121,8 +121,11 @@ class Gate(ABC):
     def closed(self,
                z: Tensor,  # (N,) samples of this gate
                ) -> Tensor:  # (N,) bool
-        "Gates that let neither a change nor a gradient through, so that their modules can be left out."
-        return z == 0
+        """Gates that let neither a change nor a gradient through, so that their modules can be left out.
+
+        A gate at 0 whose z has a gradient is not among them, unless the kind of gate says that it has none.
+        """
+        return (z == 0) & (not z.requires_grad)
 
     def penalty(self,
                 p: Tensor,  # (N,)
@@ -179,10 +182,6 @@ class StraightThrough(ShiftedSigmoid):
         soft = binary_concrete(p, u, self.beta)
         return (u > 1 - p).to(p.dtype) + (soft - soft.detach())
 
-    def closed(self, z: Tensor) -> Tensor:
-        "None where z has a gradient: it passes a closed gate."
-        return super().closed(z) & (not z.requires_grad)
-
 # %% ../nbs/api/04_gate.ipynb #04-gate-027
 @dataclass(frozen=True)
 class HardConcrete(Gate):
@@ -223,6 +222,10 @@ class HardConcrete(Gate):
 
     def z(self, p: Tensor, u: Tensor) -> Tensor:
         return self._stretch(torch.sigmoid((_logit(u) + _logit(p) + self._shift) / self.beta))
+
+    def closed(self, z: Tensor) -> Tensor:
+        "Those that were cut at 0: the cut passes no gradient."
+        return z == 0
 
     def expected(self, p: Tensor) -> Tensor:
         "The stretched sigmoid of alpha, cut at 0 and 1."

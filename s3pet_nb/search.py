@@ -90,7 +90,11 @@ class Packed:
         if self.parts:
             torch._foreach_copy_(self.parts, self.weights)
             torch._foreach_copy_(self.slopes, grads)
-        self.vector.grad = self.slope if self.parts else grads[0]
+            self.vector.grad = self.slope
+        elif grads[0].stride() == self.vector.stride():
+            self.vector.grad = grads[0]
+        else:  # fused AdamW goes through memory as the weight lies
+            self.vector.grad = torch.empty_like(self.vector).copy_(grads[0])
 
     @torch.no_grad()
     def give(self) -> None:
@@ -328,14 +332,14 @@ class SearchStep:
         found = hypergrad(lambda: self.losses(batches_delta, u, noise),
                           lambda: self.penalised(batches_alpha, u, noise), self.delta, self.gated.alpha,
                           xi=self.step_delta.lr, order=self.order_now(), reduce=average)
-        numbers = check_finite(loss=found.loss_delta, loss_alpha=found.loss_alpha)
+        numbers, share = check_finite(loss=found.loss_delta, loss_alpha=found.loss_alpha), found.share
         self.step_alpha.step([found.direct if self.order == "first" else found.alpha_grad])
         self.step_delta.step(found.delta_grads)
         self.done, self.passes = self.done + 1, self.passes + found.passes
-        if found.share is not None:
-            numbers["mixed"] = found.share
+        if share is not None:
+            numbers["mixed"] = share
             if self.auto:
-                self.auto.note(found.share)
+                self.auto.note(share)
         return numbers | {"expected_size": self.meet(), "zeta": self.gated.zeta, "budget": self.B,
                           **cost(found.passes, self.gated.device)}
 
@@ -410,9 +414,9 @@ class EarlyStop(Callback):
     "Stops a search whose chosen set has stayed the same over the last `rounds` looks, and logs the saving."
 
     def __init__(self,
-                 rounds: int = 3,  # looks to compare with
+                 rounds: int = 4,  # looks to compare with
                  similar: float = 0.95,  # least Jaccard index of the set now with each of those before
-                 checks: int = 20,  # looks over the planned steps
+                 checks: int = 40,  # looks over the planned steps
                  ):
         check_counts(rounds=rounds, checks=checks)
         if not 0 < similar <= 1:

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from s3pet_nb.backbone import FAMILIES, checkpointing, entries, example_batch, tiny
 from s3pet_nb.bilevel import hypergrad
 from s3pet_nb.fuse import LowRankLinear
-from s3pet_nb.gate import HardConcrete, StraightThrough
-from s3pet_nb.pet import PET_MODULES, BitFit, PETModule
+from s3pet_nb.gate import HardConcrete, ShiftedSigmoid, StraightThrough
+from s3pet_nb.pet import PET_MODULES, BitFit, LoRA, PETModule
 from s3pet_nb.space import LINEAR, NORM, ROLES, SPACES, Rule, attach, make_space
 
 HEAD = {"t5": "seq2seq"}
@@ -75,7 +75,7 @@ def test_both_forms_give_the_same_logits_and_gradients(family, rules):
         assert not set(fast.simple) >= set(simple.simple)
         for seed in range(2):
             u = noise(space, seed)
-            near(slopes(fast, batch, u), slopes(simple, batch, u), 1e-9 if family in EXACT else 1e-4)
+            near(slopes(fast, batch, u), slopes(simple, batch, u), 1e-7 if family in EXACT else 1e-4)
 
 
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2"])
@@ -192,6 +192,33 @@ def test_a_pass_that_fails_leaves_the_next_one_whole():
     assert not torch.allclose(before, changed)
 
 
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("place", ["", "bert.encoder", "bert.encoder.layer.1"])
+def test_a_pass_that_is_interrupted_leaves_the_next_one_whole(monkeypatch, stopped, place):
+    model = tiny("bert")
+    space, batch = make_space(model), example_batch(model)
+
+    def stop(module, args):
+        raise stopped
+
+    with ExitStack() as stack:
+        fast, simple = both(stack, model, space, torch.float32)
+        for _ in range(2):
+            hook = fast.model.get_submodule(place).register_forward_pre_hook(stop)
+            with pytest.raises(stopped):
+                fast(**batch)
+            hook.remove()
+            monkeypatch.setattr(BitFit, "vector", stop)
+            with pytest.raises(TypeError):  # in the preparation itself
+                fast(**batch)
+            monkeypatch.undo()
+        for gated in fast, simple:
+            filled(gated)
+            gated.sample(noise(space))
+        with torch.no_grad():
+            torch.testing.assert_close(fast(**batch).logits, simple(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_nothing_is_left_on_the_backbone():
     model = tiny("t5", "seq2seq")
     before = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -251,6 +278,56 @@ def test_a_weight_vector_that_a_candidate_does_not_declare_keeps_the_simple_form
         roles = {(space.candidates[i].position.role, space.candidates[i].module) for i in fast.simple}
         assert roles == {("q", "bitfit"), ("q", "undeclared")}
         near(slopes(fast, batch, u), slopes(simple, batch, u), 1e-9)
+
+
+@pytest.mark.parametrize("module, roles, carried", [
+    ("tanh-lora", ("q", "wi"), 0), ("block-lora", ("ffn",), 0), ("named-lora", ("q", "wi"), 4)])
+def test_only_what_its_own_forward_says_is_fused(monkeypatch, module, roles, carried):
+    class TanhLoRA(LoRA):
+        "Another `forward`: the inherited factors do not say what it does."
+        def forward(self, h_in, h_out, z):
+            return torch.tanh(super().forward(h_in, h_out, z))
+
+    class BlockLoRA(LoRA):
+        "Beside a block: reads another input than the product that it adds to."
+        kinds = frozenset({"block"})
+
+    class NamedLoRA(LoRA):
+        "Nothing changed."
+
+    kinds = {"tanh-lora": TanhLoRA, "block-lora": BlockLoRA, "named-lora": NamedLoRA}
+    monkeypatch.setitem(PET_MODULES._items, module, kinds[module])
+    model = tiny("bert", intermediate_size=16)
+    space, batch = make_space(model, [Rule(module, roles)]), example_batch(model)
+    with ExitStack() as stack:
+        fast, simple = both(stack, model, space)
+        assert len(space) - len(fast.simple) == carried
+        near(slopes(fast, batch, noise(space)), slopes(simple, batch, noise(space)), 1e-7)
+
+
+def test_a_gate_of_ones_own_keeps_the_gradient_of_what_it_closes():
+    class Rounded(ShiftedSigmoid):
+        def z(self, p, u):
+            soft = super().z(p, u)
+            return soft.detach().round() + (soft - soft.detach())
+
+    model = tiny("bert")
+    space = make_space(model)
+    with attach(model, space, Rounded()) as gated:
+        gated.meet(space.n_params // 2)
+        gated.sample(noise(space))
+        assert (gated.z == 0).any() and not any(gated.closed)
+
+
+def test_modules_may_be_moved_to_another_type_after_they_were_attached():
+    model = tiny("bert")
+    space, batch = make_space(model), example_batch(model)
+    with attach(model, space) as gated, torch.no_grad():
+        filled(gated)
+        single = gated(**batch).logits
+        double = gated.double()(**batch).logits
+        assert double.dtype == torch.float64
+        torch.testing.assert_close(double.float(), single, rtol=1e-3, atol=1e-4)
 
 
 def test_a_product_that_something_else_has_changed_keeps_the_simple_form():

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import math
+
 import pytest
 import torch
 from accelerate import PartialState
@@ -373,6 +375,18 @@ def test_a_stepper_goes_on_from_what_the_weights_are_with_the_same_bits():
     for each in grads[3:]:
         second.step([grad.clone() for grad in each])
     assert all(torch.equal(weight, other) for weight, other in zip(weights, again))
+
+
+def test_the_layout_of_a_gradient_does_not_matter():
+    "A product of transposed factors gives a gradient that lies in memory by columns."
+    torch.manual_seed(0)
+    shape, moved = (300, SMALL // 200), []
+    gradient = torch.randn(shape)
+    for grad in gradient, gradient.t().contiguous().t():
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        Stepper([weight], lr=0.1, clip=math.inf, n_steps=2).step([grad.clone(memory_format=torch.preserve_format)])
+        moved.append(weight.detach())
+    assert torch.equal(*moved) and moved[0].sign().eq(-gradient.sign()).all()
 
 
 def test_a_stepper_wants_one_gradient_for_each_weight():

@@ -6,6 +6,7 @@ The question is the parameters and the code, the bench's own and the library's.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import s3pet_nb
@@ -163,5 +164,6 @@ def bench(
             done[name] = part()
             run.log({"event": "part", "part": name, "result": done[name]})
             say(f"{name}: {time.perf_counter() - start:.0f} s")
-    run.save_result({**collect(done), **environment(device)})
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    run.save_result({**collect(done), "finished": finished, **environment(device)})
     return run

@@ -24,6 +24,7 @@ from .cases import TaskRun, share, sparse_structure
 from .measure import ratio
 from .published import published_search
 
+WARMUP = 3  # steps
 SCORINGS = 3  # of validation rows, in a search and in a training
 SEARCHES = ("early", "full", "published")
 JUDGED = ("early", "published")  # whose structures are trained and tested
@@ -52,6 +53,8 @@ class Cells:
         self.model, self.tokenizer = load_backbone("minilm", form.head, form.n_labels, seed=seed)
         self.model.to(device)
         self.space = make_space(self.model, "mix")
+        with tempfile.TemporaryDirectory() as folder:  # what only the first steps of a process cost
+            self.retrain(sparse_structure(self.space), Run(folder), steps=WARMUP)
 
     def structure(self, kept: Iterable[int]) -> Structure:
         "The candidates of these indices."
@@ -78,10 +81,10 @@ class Cells:
         return {"seconds": spent, "steps": result.steps, "planned": steps, "passes": result.passes,
                 "kept": kept}
 
-    def retrain(self, structure: Structure, log: Run) -> dict:
-        "A whole re-training, and the score of what it kept on test rows."
-        loaders = self.task.loaders(self.seed, self.tokenizer)
-        config = TrainConfig(self.steps, lr=1e-3, evaluate_every=evaluate_every(self.steps), dropout=False,
+    def retrain(self, structure: Structure, log: Run, steps: int = 0) -> dict:
+        "A whole re-training, or one of some `steps`, and the score of what it kept on test rows."
+        loaders, steps = self.task.loaders(self.seed, self.tokenizer), steps or self.steps
+        config = TrainConfig(steps, lr=1e-3, evaluate_every=evaluate_every(steps), dropout=False,
                              seed=self.seed)
         start = time.perf_counter()
         trained = retrain(self.model, structure, loaders["train"], loaders["validation"], score, config,
@@ -89,7 +92,7 @@ class Cells:
         spent = time.perf_counter() - start
         with trained.on(self.model) as carrier:
             test = score(carrier, loaders["test"])
-        return {"seconds": spent, "steps": trained.steps, "planned": self.steps, "test": test,
+        return {"seconds": spent, "steps": trained.steps, "planned": steps, "test": test,
                 "validation": trained.score, "constants": constants(loaders["test"])}
 
     def run(self, arm: str, done: dict[str, dict]) -> dict:

@@ -5,14 +5,15 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 
 import torch
+from s3pet_nb.fuse import fuse
 from s3pet_nb.gate import ShiftedSigmoid
 from s3pet_nb.learner import Compute
 from s3pet_nb.search import Stepper
-from s3pet_nb.space import make_space
+from s3pet_nb.space import attach, make_space
 from s3pet_nb.store import Run
 from s3pet_nb.structure import select
 
-from .cases import CASES
+from .cases import CASES, sibling
 from .measure import interleaved, seconds
 from .memory import peak_apart
 from .steps import Bench, at_work, bench_of, measure
@@ -23,7 +24,7 @@ PASSES = 2  # of our first-order step: gates are sampled once in each
 
 
 def vectors(n: torch.Tensor, rounds: int) -> dict:
-    "Seconds of all that a step does with N numbers, part by part, and in all if every step did everything."
+    "Seconds of all that a step does with N numbers alone, part by part, and in all if every step did everything."
     gate, B = ShiftedSigmoid(), max(int(n.sum()) // 20, int(n.min()))
     draw = torch.Generator().manual_seed(0)
     alpha = torch.nn.Parameter(torch.randn(len(n), dtype=torch.float64, generator=draw))
@@ -55,14 +56,32 @@ def by_size(rounds: int, sizes: Iterable[int] = SIZES) -> dict:
     return {str(N): vectors(torch.randint(100, 5_000, (N,), generator=draw), rounds) for N in sizes}
 
 
+def gating(bench: Bench, rounds: int) -> list[float]:
+    "Seconds in which the gates of one pass meet the modules' weights, there and back."
+    with attach(sibling(bench.model), bench.space) as gated:
+        places = [candidate.position for candidate in gated.space.candidates]
+        fused, weights = fuse(gated.model, gated.pets, places), list(gated.pets.parameters())
+        z = torch.rand(len(bench.space), device=bench.model.device, requires_grad=True)
+
+        def prepare(k: int) -> None:
+            fused.prepare(z, [False] * len(z))
+            shifted = [vars(owner)[name] for vectors in fused.vectors.values() for owner, name in vectors.slots]
+            ups = [up for product in fused.products.values() for _, up in product.parts]
+            torch.autograd.grad([*shifted, *ups], [z, *weights], [torch.ones_like(x) for x in (*shifted, *ups)],
+                                allow_unused=True)
+
+        return interleaved({"gating": prepare}, rounds, 2, bench.model.device)["gating"]
+
+
 def overhead(case: str, data: str | None, device: torch.device, rounds: int) -> dict:
     "The share of a first-order step that goes to gates, zeta, selection and the log."
     bench = bench_of(case, data, device)
     step = measure(bench, ["first"], rounds, warmups=1, count=False)
-    found = vectors(bench.space.n, max(rounds, 7))
+    found, gated = vectors(bench.space.n, max(rounds, 7)), gating(bench, max(rounds, 7))
+    spent = found["all"] + PASSES * statistics.median(gated)
     return {"case": case, "candidates": len(bench.space), "tokens": bench.batches[0]["input_ids"].numel(),
-            "step": step["seconds"]["first"], "samples": step["samples"], "vectors": found,
-            "share": found["all"] / step["seconds"]["first"]["median"]}
+            "step": step["seconds"]["first"], "samples": step["samples"] | {"gating": gated}, "vectors": found,
+            "seconds": spent, "share": spent / step["seconds"]["first"]["median"]}
 
 
 def narrow(layers: Iterable[int], device: torch.device, rounds: int) -> dict:

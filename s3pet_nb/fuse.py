@@ -62,8 +62,7 @@ class LowRankLinear(torch.autograd.Function):
         weights, biases, downs, ups = (operands[k::4] for k in range(4))
         reads = h @ (torch.cat(downs) if len(downs) > 1 else downs[0]).t()  # (T, sum of r)
         reads = [u.contiguous() for u in reads.split([len(down) for down in downs], 1)]
-        kept = h if any(ctx.needs_input_grad[3::4]) else None  # frozen factors need no hidden state
-        ctx.save_for_backward(kept, *weights, *downs, *ups, *reads)
+        ctx.save_for_backward(h, *weights, *downs, *ups, *reads)
         return tuple(_narrow(u, up.t(), b).addmm_(h, W) for W, b, u, up in zip(weights, biases, reads, ups))
 
     @staticmethod
@@ -71,15 +70,11 @@ class LowRankLinear(torch.autograd.Function):
         h, *saved = ctx.saved_tensors
         weights, downs, ups, reads = (saved[k:k + len(grads)] for k in range(0, len(saved), len(grads)))
         if torch.is_grad_enabled():  # to be differentiated again: `reads` as functions of h and down
-            if h is None:
-                raise RuntimeError("a product whose factors `down` are frozen cannot be differentiated twice")
             reads = [h @ down.t() for down in downs]
         writes = [g @ up for g, up in zip(grads, ups)]  # (T, r) each
         joined, down = (writes[0], downs[0]) if len(grads) == 1 else (torch.cat(writes, 1), torch.cat(downs))
         to_h = _narrow(joined, down) if ctx.needs_input_grad[0] else None
-        to_downs = [None] * len(grads)
-        if h is not None:
-            to_downs = (joined.t() @ h).split([len(down) for down in downs])
+        to_downs = (joined.t() @ h).split([len(down) for down in downs])
         to_operands = []
         for k, (g, W, u) in enumerate(zip(grads, weights, reads)):
             if to_h is not None:

@@ -412,7 +412,7 @@ def _wire_fused(gated: GatedModel, undo: ExitStack) -> None:
     fused = fuse(gated.model, gated.pets, [candidate.position for candidate in gated.space.candidates])
     gated.simple = [i for i in range(len(gated.space)) if i not in fused.carried]
     gated.z = gated.z
-    undo.enter_context(fused.wired())
+    undo.enter_context(fused.wired(gated.model))
     undo.enter_context(before_each_pass(gated.model, lambda: fused.prepare(gated.gates, gated.closed)))
 
 # %% ../nbs/api/06_space.ipynb #06-space-029

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from s3pet_nb.backbone import FAMILIES, checkpointing, entries, example_batch, tiny
 from s3pet_nb.bilevel import hypergrad
-from s3pet_nb.fuse import LowRankLinear
+from s3pet_nb.fuse import Fused, LowRankLinear
 from s3pet_nb.gate import HardConcrete, ShiftedSigmoid, StraightThrough
 from s3pet_nb.pet import PET_MODULES, BitFit, LoRA, PETModule
 from s3pet_nb.space import LINEAR, NORM, ROLES, SPACES, Rule, attach, make_space
@@ -219,6 +219,48 @@ def test_a_pass_that_is_interrupted_leaves_the_next_one_whole(monkeypatch, stopp
             torch.testing.assert_close(fast(**batch).logits, simple(**batch).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_stack_called_after_an_interrupt_sees_the_gates_of_now():
+    model = tiny("t5", "seq2seq")
+    space, batch = make_space(model), example_batch(model)
+    ids = {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def stop(module, args):
+        raise KeyboardInterrupt
+
+    with ExitStack() as stack:
+        fast, simple = both(stack, model, space, torch.float32)
+        hook = fast.model.encoder.block[1].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            fast(**batch)
+        hook.remove()
+        for gated in fast, simple:
+            filled(gated)
+            gated.sample(noise(space))
+        with torch.no_grad():
+            states = [gated.model.get_encoder()(**ids).last_hidden_state for gated in (fast, simple)]
+        torch.testing.assert_close(*states, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_the_result_of_an_activation_is_not_kept_beside_its_argument(family):
+    model = tiny(family)
+    space, batch = make_space(model, [Rule("lora", ("wi", "wo"))]), example_batch(model)
+    kept = []
+    for fused in (True, False):
+        storages = {}
+
+        def keep(x):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        watched = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+        with attach(model, space, fused=fused) as gated, watched:
+            gated(**batch)
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
+    results = sum(batch["input_ids"].numel() * c.position.d_in for c in space.candidates if c.position.role == "wo")
+    assert kept[0] < kept[1] - results * model.dtype.itemsize // 2
+
+
 def test_nothing_is_left_on_the_backbone():
     model = tiny("t5", "seq2seq")
     before = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -240,15 +282,19 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_preparing_a_pass_takes_as_many_operations_for_many_candidates_as_for_few():
-    counts = []
+def test_preparing_a_pass_takes_as_many_operations_for_many_candidates_as_for_few(monkeypatch):
+    counts, prepare = [], Fused.prepare
+
+    def counted(fused, *args):
+        with Operations() as seen:
+            prepare(fused, *args)
+        counts.append((len(gated.space), seen.count))
+
+    monkeypatch.setattr(Fused, "prepare", counted)
     for layers in (2, 12):
         model = tiny("bert", num_hidden_layers=layers)
-        with attach(model, make_space(model)) as gated:
-            enter = next(iter(model._forward_pre_hooks.values()))
-            with Operations() as seen, torch.no_grad():
-                enter(model, ())
-            counts.append((len(gated.space), seen.count))
+        with attach(model, make_space(model)) as gated, torch.no_grad():
+            gated(**example_batch(model))
     (few, first), (many, second) = counts
     assert many > 4 * few and first == second
 
@@ -256,7 +302,12 @@ def test_preparing_a_pass_takes_as_many_operations_for_many_candidates_as_for_fe
 def test_products_of_one_hidden_state_are_taken_together(monkeypatch):
     calls = []
     whole = LowRankLinear.apply
-    monkeypatch.setattr(LowRankLinear, "apply", lambda h, *rest: calls.append(len(rest) // 4) or whole(h, *rest))
+
+    def apply(act, x, h, *operands):
+        calls.append(len(operands) // 4)
+        return whole(act, x, h, *operands)
+
+    monkeypatch.setattr(LowRankLinear, "apply", apply)
     model = tiny("bert", num_hidden_layers=1)
     with attach(model, make_space(model, "lora")) as gated:
         gated(**example_batch(model))

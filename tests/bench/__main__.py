@@ -76,9 +76,11 @@ def shares(result: dict) -> Table:
 
 def memory(result: dict) -> Table:
     "Peak memory of each in its own process."
-    shown = columns("peak memory", "MB", "/ re-train")
-    for name, size in result["memory"]["bytes"].items():
-        shown.add_row(name, f"{size / 1e6:,.0f}", f"{result['memory']['ratios'][name]:.2f}")
+    found = result["memory"]
+    shown = columns("peak memory", "MB in use", "/ re-train", "MB resident", "/ re-train")
+    for name in found["bytes"]:
+        cells = ((found[f"bytes{kind}"][name], found[f"ratios{kind}"][name]) for kind in ("", " resident"))
+        shown.add_row(name, *(text for size, times in cells for text in (f"{size / 1e6:,.0f}", f"{times:.2f}")))
     return shown
 
 

@@ -4,9 +4,11 @@ A part that is done is in the log of its run, and not computed again by a second
 The question is the parameters and the code, the bench's own and the library's.
 """
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 
 import s3pet_nb
@@ -34,7 +36,7 @@ ROLES = ("retrain", "first", "second", "five", "prune")  # whose memory is measu
 class Plan:
     "How much is measured; the tasks with the steps of a re-training."
 
-    tasks: tuple[tuple[str, int], ...] = (("agreement", 200), ("glue/cola", 200), ("glue/rte", 100))
+    tasks: tuple[tuple[str, int], ...] = (("agreement", 200), ("glue/cola", 120), ("glue/rte", 60))
     seeds: tuple[int, ...] = (0, 1, 2)
     cases: tuple[str, ...] = STEP_CASES
     subjects: tuple[str, ...] = SUBJECTS
@@ -42,7 +44,7 @@ class Plan:
     scaling_rounds: int = 7  # of single steps, for every size
     searched: int = 24  # steps of the search for a found structure
     profiled: int = 4  # steps of each subject under the profiler
-    memory_rounds: int = 8  # steps in each process
+    memory_rounds: int = 8  # steps in each process, one for every batch
     memory_repeats: int = 3
     overhead_case: str = "t5-large-batch-2"
     overhead_rounds: int = 7
@@ -53,7 +55,8 @@ class Plan:
     n_eval: int = 256  # validation and test rows
 
 
-QUICK = Plan(tasks=(("glue/cola", 100),), seeds=(0,), rounds=7, searched=8, profiled=2, memory_repeats=1,
+QUICK = Plan(tasks=(("glue/cola", 80),), seeds=(0,), cases=("minilm", "t5-large"), rounds=7, searched=8,
+             profiled=2, memory_repeats=1,
              subjects=("retrain", "retrain_found", "first", "second", "auto", "four", "five", "sparse_pass",
                        "open_pass"),
              overhead_rounds=2, layers=(6, 56), shapes=())
@@ -74,14 +77,17 @@ def open_run(out: Path, plan: Plan, device: torch.device) -> Run:
 
 
 def memory(plan: Plan, device: torch.device, data: str | None) -> dict:
-    "Peak bytes of every role, each sample in a process of its own; ratios are of the medians."
-    samples = {role: [] for role in ROLES}
-    for _ in range(plan.memory_repeats):
-        for role in ROLES:
-            samples[role].append(peak_apart(plan.cases[0], role, plan.memory_rounds, device, data))
+    "Peak bytes of every role, in use and resident, each sample in a process of its own; ratios of medians."
+    samples, told = defaultdict(list), {}
+    for resident, repeats in (False, plan.memory_repeats), (True, 1):
+        for _, role in product(range(repeats), ROLES):
+            samples[f"{role} resident" if resident else role].append(
+                peak_apart(plan.cases[0], role, plan.memory_rounds, device, data, resident))
     middle = {role: sorted(each)[len(each) // 2] for role, each in samples.items()}
-    return {"samples": samples, "bytes": middle,
-            "ratios": {role: middle[role] / middle["retrain"] for role in ROLES}}
+    for kind in "", " resident":
+        told[f"bytes{kind}"] = {role: middle[role + kind] for role in ROLES}
+        told[f"ratios{kind}"] = {role: middle[role + kind] / middle["retrain" + kind] for role in ROLES}
+    return {"samples": samples, **told}
 
 
 def parts(plan: Plan, run: Run, device: torch.device, data: str | None,
@@ -137,7 +143,7 @@ def collect(done: Mapping[str, dict | str]) -> dict:
                     for name, (bound, limit) in TARGETS.items()},
         "by_case": by_case, "by_task": by_task,
         "quality": {name: part["quality"] for name, part in by_task.items()},
-        "memory": {key: done["memory"][key] for key in ("bytes", "ratios")}, "where": done["where"],
+        "memory": without_samples(done["memory"]), "where": done["where"],
         "scaling": {"vectors": done["vectors"], "overhead": done["overhead"], "narrow": done["narrow"],
                     "growth": {of: growth(done["narrow"], of) for of in GROWING},
                     "shapes": done["shapes"]},

@@ -33,19 +33,9 @@ from torch.func import functional_call
 class HiddenGates(GatedModel):
     "A backbone with every candidate of a space, each gate on a change of the hidden state."
 
-    @property
-    def z(self) -> Tensor:
-        "Gates of the current pass, (N,)."
-        return self._z
-
-    @z.setter
-    def z(self, z: Tensor) -> None:
+    def _set(self, z: Tensor, closed: Tensor) -> None:
         self._z = z
         self.each = z.to(self.model.device, torch.float32).unbind()
-
-    def sample(self, u: Tensor) -> None:
-        "Draw the gates z from p with uniform noise u, (N,) float64."
-        self.z = self.gate.z(self.p, u)
 
     def meet(self, B: int) -> float:
         "Solve zeta for the budget B, from alphas that are read one by one, and return the expected size."

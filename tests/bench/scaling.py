@@ -65,7 +65,7 @@ def gating(bench: Bench, rounds: int) -> list[float]:
 
         def prepare(k: int) -> None:
             fused.prepare(z, [False] * len(z))
-            shifted = [vars(owner)[name] for vectors in fused.vectors.values() for owner, name in vectors.slots]
+            shifted = [vars(owner)[name] for group in fused.vectors.values() for owner, name in group.slots]
             ups = [up for product in fused.products.values() for _, up in product.parts]
             torch.autograd.grad([*shifted, *ups], [z, *weights], [torch.ones_like(x) for x in (*shifted, *ups)],
                                 allow_unused=True)
@@ -93,10 +93,10 @@ def narrow(layers: Iterable[int], device: torch.device, rounds: int) -> dict:
         bench = Bench(model, make_space(model, "mix"), batches, Compute())
         N = len(bench.space)
         with ExitStack() as stack:
-            attach = seconds(lambda: stack.enter_context(at_work("open_pass", bench)), device)
+            attached = seconds(lambda: stack.enter_context(at_work("open_pass", bench)), device)
         told = measure(bench, ["retrain", "first", "open_pass"], rounds, count=False)
         memory = peak_apart(case, "first", 2, device, None)
-        found[case] = {"candidates": N, "attach": attach, "memory": memory,
+        found[case] = {"candidates": N, "attach": attached, "memory": memory,
                        "memory_per_candidate": memory / N, **told, "per_candidate": {name: each["median"] / N
                                                  for name, each in told["seconds"].items()}}
     return found

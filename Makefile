@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench sync notebooks setup clean
+.PHONY: help demo lab test bench sync notebooks setup clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## search, re-train, compare: ends with the path of an HTML report
 	$(BIN)/s3pet demo
+
+lab: $(READY)  ## open JupyterLab on the tutorials
+	$(BIN)/s3pet lab nbs/tutorials
 
 test: $(READY)  ## run every notebook, then pytest
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2

@@ -1,4 +1,4 @@
-"Reads settings.ini; the wheel has templates and studies of nbs/ as s3pet_nb/templates and s3pet_nb/studies."
+"Reads settings.ini; the wheel has templates, studies and tutorials of nbs/ as folders of the package."
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -30,7 +30,9 @@ setup(
                     if key.startswith("extra_")},
     entry_points={"console_scripts": settings["console_scripts"].split(),
                   "nbdev": ["s3pet_nb=s3pet_nb._modidx:d"]},
-    packages=["s3pet_nb", "s3pet_nb.templates", "s3pet_nb.studies"],
-    package_dir={"s3pet_nb.templates": "nbs/experiments", "s3pet_nb.studies": "nbs/studies"},
-    package_data={"s3pet_nb.templates": ["*.ipynb"], "s3pet_nb.studies": ["*.yml"]},
+    packages=["s3pet_nb", "s3pet_nb.templates", "s3pet_nb.studies", "s3pet_nb.tutorials"],
+    package_dir={"s3pet_nb.templates": "nbs/experiments", "s3pet_nb.studies": "nbs/studies",
+                 "s3pet_nb.tutorials": "nbs/tutorials"},
+    package_data={"s3pet_nb.templates": ["*.ipynb"], "s3pet_nb.studies": ["*.yml"],
+                  "s3pet_nb.tutorials": ["*.ipynb"]},
 )

@@ -5,12 +5,14 @@
 - `s3pet_nb.batch`: Rows become batches, and a model's answers become a score
 - `s3pet_nb.bilevel`: The gradient of the structural parameters through one step of the modules they gate
 - `s3pet_nb.budget`: Expected size of a search, and the shift of the gates that keeps it within the budget
-- `s3pet_nb.cli`: The commands: s3pet demo, search, prune, study, tasks and report
+- `s3pet_nb.cli`: The commands: s3pet demo, search, prune, study, tasks, lab and report
 - `s3pet_nb.core`: A registry, seeding, counting: the small things that every other module leans on
+- `s3pet_nb.explore`: Finished runs side by side: one search under any budget, structures compared, averages and sweeps
 - `s3pet_nb.form`: How a model is asked a row of a task, and how its answer is read
 - `s3pet_nb.fuse`: The fast form of an open supernet: what all modules add, in a few products
 - `s3pet_nb.gate`: From structural parameters to activation probabilities and gate samples: alpha, p, z
 - `s3pet_nb.learner`: One training loop for searching and for training; what watches it, and what brings it back
+- `s3pet_nb.live`: A run that is watched while it goes on, and steered
 - `s3pet_nb.pet`: PET modules under the unified view: a change Delta, gated by z
 - `s3pet_nb.plot`: What a run's log shows: a frame of numbers, and a figure of that frame
 - `s3pet_nb.protocol`: How a paper trains and scores, by name

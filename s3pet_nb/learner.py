@@ -245,6 +245,7 @@ class Learner:
         self.records = log if PartialState().is_main_process else None
         self.callbacks, self.checkpoint = list(callbacks), checkpoint
         self.step, self.stop, self.record, self.seconds = 0, False, {}, 0.0
+        self.waited = 0.0  # seconds for which a callback held the run; they do not count
 
     @property
     def over(self) -> bool:
@@ -271,7 +272,7 @@ class Learner:
             while not self.over:
                 self.step += 1
                 self.record = self.take_step(next(self.batches))
-                self.seconds = time.perf_counter() - start
+                self.seconds = time.perf_counter() - start - self.waited
                 self.log("step", steps=self.n_steps, **self.record, seconds=self.seconds)
                 self.tell("after_step")
                 if self.checkpoint:
@@ -281,7 +282,7 @@ class Learner:
             raise FloatingPointError(f"{self.phase} stopped at step {self.step}: {broken}; lower the "
                                      "learning rate, or look at the log, which is kept") from broken
         finally:
-            self.seconds = time.perf_counter() - start
+            self.seconds = time.perf_counter() - start - self.waited
             self.tell("after_fit")
 
     def state_dict(self) -> dict:
@@ -289,19 +290,22 @@ class Learner:
         return {"phase": self.phase, "n_steps": self.n_steps, "step": self.step, "stop": self.stop,
                 "seconds": self.seconds, "random": torch.get_rng_state(),
                 "take_step": self.take_step.state_dict(), "batches": self.batches.state_dict(),
-                "names": self._names(), "callbacks": [callback.state_dict() for callback in self.callbacks]}
+                "callbacks": [[type(callback).__name__, state] for callback, state in self._memories()]}
 
-    def _names(self) -> list[str]:
-        return [type(callback).__name__ for callback in self.callbacks]
+    def _memories(self) -> list[tuple[Callback, dict]]:
+        "The callbacks that remember something, with what they do; the others may come and go."
+        pairs = ((callback, callback.state_dict()) for callback in self.callbacks)
+        return [(callback, state) for callback, state in pairs if state]
 
     def load_state_dict(self, state: dict) -> None:
         "Be where `state_dict` was taken; `ValueError` if that was a run of another kind."
         for name in "phase", "n_steps":
             check_same(name, state[name], getattr(self, name))
-        check_same("callbacks", state["names"], self._names())
+        here, there = [callback for callback, _ in self._memories()], state["callbacks"]
+        check_same("callbacks", [name for name, _ in there], [type(callback).__name__ for callback in here])
         self.take_step.load_state_dict(state["take_step"])
         self.batches.load_state_dict(state["batches"])
-        for callback, remembered in zip(self.callbacks, state["callbacks"]):
+        for callback, (_, remembered) in zip(here, there):
             callback.load_state_dict(remembered)
         torch.set_rng_state(state["random"])
         self.step, self.stop, self.seconds = state["step"], state["stop"], state["seconds"]
@@ -316,12 +320,13 @@ class Checkpoint:
                  ):
         if every < 1:
             raise ValueError(f"every is {every}; give at least 1 step, or no checkpoint at all")
-        self.path, self.every = Path(path), every
+        self.path, self.every, self.due = Path(path), every, False  # due: save after this step
 
     def after_step(self, learner: Learner) -> None:
         "Save when it is time."
-        if learner.step % self.every == 0 or learner.over:
+        if self.due or learner.step % self.every == 0 or learner.over:
             self.save(learner)
+            self.due = False
 
     def save(self, learner: Learner) -> None:
         "Write the file, atomically."

@@ -29,6 +29,7 @@ __all__ = ['PACKAGE', 'RUN_FOLDER', 'shipped', 'template', 'parameters', 'resolv
 # %% ../nbs/api/21_run.ipynb #21-run-003
 import ast
 import hashlib
+import html
 import itertools
 import math
 import os
@@ -55,10 +56,11 @@ PACKAGE = Path(s3pet_nb.__file__).parent
 
 
 def shipped(
-    kind: str,  # "templates" or "studies"
+    kind: str,  # "templates", "studies" or "tutorials"
 ) -> dict[str, Path]:  # by name
-    "The templates or studies that come with the project."
-    folder, pattern = {"templates": ("experiments", "*.ipynb"), "studies": ("studies", "*.yml")}[kind]
+    "The templates, studies or tutorials that come with the project."
+    folder, pattern = {"templates": ("experiments", "*.ipynb"), "studies": ("studies", "*.yml"),
+                       "tutorials": ("tutorials", "*.ipynb")}[kind]
     inside = PACKAGE / kind
     home = inside if inside.is_dir() else PACKAGE.parent / "nbs" / folder
     return {path.stem: path for path in sorted(home.glob(pattern))}
@@ -287,6 +289,17 @@ class Study:
     template: str  # a name or a path
     params: dict = field(default_factory=dict)
     grid: dict = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(expand(self.grid))
+
+    def _repr_html_(self) -> str:
+        said = f"Study {self.name}: template {self.template}, runs: {len(self)}"
+        rows = [(name, str(value)) for name, value in self.params.items()]
+        rows += [(name, "each of " + ", ".join(map(str, values))) for name, values in self.grid.items()]
+        table = "".join(f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+                        f"<td style='text-align:left'>{html.escape(value)}</td></tr>" for name, value in rows)
+        return f"<p>{html.escape(said)}</p><table>{table}</table>"
 
 
 def study(

@@ -274,6 +274,19 @@ class GatedModel(nn.Module):
         self.simple = range(len(space))  # the candidates that are not carried by the fast form
         self.z = torch.ones(len(space))
 
+    def __repr__(self) -> str:
+        return (f"GatedModel: {len(self.space)} candidates on a {self.space.family} backbone, zeta = "
+                f"{self.zeta:.3f}, E[N] = {expected_size(self.p, self.n):,.0f} of {self.space.n_params:,}")
+
+    def _repr_html_(self) -> str:
+        p = self.p.detach()
+        table = pd.DataFrame({"module": [candidate.module for candidate in self.space.candidates],
+                              "p": p.numpy(), "expected": (p * self.n).numpy()})
+        table = table.groupby("module", sort=False).agg(
+            candidates=("p", "count"), **{"mean p": ("p", "mean"), "E[N]": ("expected", "sum")})
+        form = {"mean p": "{:.3f}", "E[N]": "{:,.0f}"}
+        return f"<p>{html.escape(repr(self))}</p>" + table.style.format(form).to_html()
+
     def forward(self, *args, **kwargs):
         return self.model(*args, **kwargs)
 

@@ -14,14 +14,6 @@ from s3pet_nb.plot import comparison_frame, plot_sizes, table
 from s3pet_nb.report import command, facts, index, report, static_notebook, stopped_early
 from s3pet_nb.store import Run
 
-CHROMIUM = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 EVIL = "<script>alert(1)</script>"
 
 
@@ -246,24 +238,6 @@ def test_index_lists_reports_with_scores_and_links(run, stopped):
         "<td>0.820</td>" in text and "<td>0.784 (0.766 to 0.802, 3)</td>" in text and "<td>0.748</td>" in text
     )
     assert "http" not in text and text.count("<tr>") == 3
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = shutil.which("chromium")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        sync_playwright = None
-    if executable is None or sync_playwright is None:
-        reason = "no browser: install chromium from your system's packages and `pip install playwright`"
-        if os.environ.get("S3PET_REQUIRE_BROWSER") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=executable, args=CHROMIUM)
-        yield chromium
-        chromium.close()
 
 
 def visit(browser, path, width=1200, **settings):

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "s3pet_nb",
-           "nbs/experiments", "nbs/studies"]
+           "nbs/experiments", "nbs/studies", "nbs/tutorials"]
 
 
 def call(*words, **options) -> str:
@@ -65,7 +65,8 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
 
 def test_templates_and_studies_travel_in_the_wheel(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
-    for source, target, pattern in ("experiments", "templates", "*.ipynb"), ("studies", "studies", "*.yml"):
+    for source, target, pattern in (("experiments", "templates", "*.ipynb"), ("studies", "studies", "*.yml"),
+                                    ("tutorials", "tutorials", "*.ipynb")):
         names = [path.name for path in (ROOT / "nbs" / source).glob(pattern)]
         assert names and {f"s3pet_nb/{target}/{name}" for name in names} <= inside
     for module in (ROOT / "s3pet_nb").glob("*.py"):

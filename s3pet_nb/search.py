@@ -416,17 +416,23 @@ class LogGates(Callback):
 
 # %% ../nbs/api/13_search.ipynb #13-search-020
 class EarlyStop(Callback):
-    "Stops a search whose chosen set has stayed the same over the last `rounds` looks, and logs the saving."
+    """Stops a search whose chosen set has stayed the same over the last `rounds` looks, and logs the saving.
+
+    Raises `ValueError` for counts below 1, `similar` outside (0, 1] and `floor` outside [0, 1).
+    """
 
     def __init__(self,
                  rounds: int = 4,  # looks to compare with
                  similar: float = 0.95,  # least Jaccard index of the set now with each of those before
                  checks: int = LOOKS,  # looks over the planned steps
+                 floor: float = 0.5,  # share of the planned steps before which no search stops
                  ):
         check_counts(rounds=rounds, checks=checks)
         if not 0 < similar <= 1:
             raise ValueError(f"similar is {similar}; give a share above 0, at most 1")
-        self.rounds, self.similar, self.checks, self.sets = rounds, similar, checks, []
+        if not 0 <= floor < 1:
+            raise ValueError(f"floor is {floor}; give a share of the planned steps, at least 0 and below 1")
+        self.rounds, self.similar, self.checks, self.floor, self.sets = rounds, similar, checks, floor, []
 
     def before_fit(self, learner: Learner) -> None:
         if learner.step == 0:
@@ -438,7 +444,8 @@ class EarlyStop(Callback):
         now = learner.take_step.chosen()
         likeness = [jaccard(now, before) for before in self.sets]
         self.sets = [*self.sets, now][-self.rounds:]
-        if len(likeness) == self.rounds and min(likeness) >= self.similar:
+        settled = len(likeness) == self.rounds and min(likeness) >= self.similar
+        if settled and learner.step >= self.floor * learner.n_steps:
             learner.stop = True
             learner.log("early_stop", steps=learner.n_steps, jaccard=likeness,
                         saved=1 - learner.step / learner.n_steps)

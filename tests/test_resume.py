@@ -45,7 +45,7 @@ def whole_search(folder: Path) -> None:
                     DataLoader(rows(8, 3), 4), budget=200, order="auto", log=run,
                     gate=Annealed(ShiftedSigmoid(), beta=geometric(1.0, 0.2)),
                     config=SearchConfig(60, lr=1e-2, evaluate_every=4, measure_every=7),
-                    callbacks=[EarlyStop(rounds=3, similar=0.6, checks=15), EarlyStop(rounds=50)],
+                    callbacks=[EarlyStop(rounds=3, similar=0.6, checks=15, floor=0), EarlyStop(rounds=50)],
                     checkpoint=Checkpoint(run.checkpoint("search"), every=5))
     result.structure().save(folder / "structure.json")
     save_file({"alpha": result.alpha.clone(), **{str(s): alpha for s, alpha in result.history.items()}},

@@ -204,7 +204,7 @@ def test_a_search_of_no_steps_or_no_evaluation_is_refused(name):
 
 
 def test_an_early_stop_that_was_used_before_begins_anew():
-    stop = EarlyStop(rounds=2, similar=0.5)
+    stop = EarlyStop(rounds=2, similar=0.5, floor=0)
     searched(tiny("bert"), callbacks=[stop], steps=2)
     assert len(stop.sets) == 1
     again = searched(tiny("bert"), callbacks=[stop], space="lora", steps=3)
@@ -257,7 +257,7 @@ def test_a_heavier_penalty_leaves_a_smaller_expected_size():
 
 def test_early_stop_needs_as_many_equal_sets_as_it_is_told():
     records = Records()
-    result = searched(tiny("bert"), steps=400, evaluate_every=5, callbacks=[EarlyStop(rounds=4, checks=80)],
+    result = searched(tiny("bert"), steps=400, evaluate_every=5, callbacks=[EarlyStop(rounds=4, checks=80, floor=0)],
                       log=records)
     note = next(record for record in records if record["event"] == "early_stop")
     assert result.steps == note["step"] < 400 and note["saved"] == 1 - result.steps / 400
@@ -289,7 +289,7 @@ def test_a_search_is_looked_at_as_often_as_it_is_told_and_scored_where_it_stops(
     for step, stops in ((always, 3 * every), (never, steps)):
         evaluate, records = Evaluate(lambda: 0.5, lambda: None, every=1000), Records()
         learner = Learner(step, [None], steps, "search", records,
-                          [EarlyStop(rounds=2, checks=checks), evaluate])
+                          [EarlyStop(rounds=2, checks=checks, floor=0), evaluate])
         learner.fit()
         assert learner.step == stops and list(evaluate.scores) == [stops]
         assert [record["event"] for record in records[-2:]][-1] == "score"
@@ -298,14 +298,35 @@ def test_a_search_is_looked_at_as_often_as_it_is_told_and_scored_where_it_stops(
 
 def test_one_other_set_among_the_looks_begins_the_count_anew():
     step = Looks([[1, 0], [1, 0], [0, 1], [1, 0], [1, 0], [1, 0], [1, 0]])
-    learner = Learner(step, [None], 20, "search", callbacks=[EarlyStop(rounds=2)])
+    learner = Learner(step, [None], 20, "search", callbacks=[EarlyStop(rounds=2, floor=0)])
     learner.fit()
     assert learner.step == 6
 
 
+@pytest.mark.parametrize("floor, stops", [(0, 3), (0.15, 3), (0.2, 4), (0.5, 10), (0.51, 11), (0.99, 20)])
+def test_a_set_that_stays_the_same_from_the_start_ends_no_search_before_the_floor(floor, stops):
+    learner = Learner(Looks([[1, 0]] * 20), [None], 20, "search", callbacks=[EarlyStop(rounds=2, floor=floor)])
+    learner.fit()
+    assert learner.step == stops
+
+
+def test_after_the_floor_the_looks_before_it_count():
+    step = Looks([[0, 1]] * 7 + [[1, 0]] * 12)
+    learner = Learner(step, [None], 20, "search", callbacks=[EarlyStop(rounds=4)])
+    learner.fit()
+    assert learner.step == 12
+
+
+def test_no_search_stops_before_half_of_its_steps_by_default():
+    learner = Learner(Looks([[1, 0]] * 100), [None], 100, "search", callbacks=[EarlyStop()])
+    learner.fit()
+    assert learner.step == 50
+
+
 @pytest.mark.parametrize("settings, words", [
     ({"rounds": 0}, "rounds is 0; give at least 1"), ({"checks": 0}, "checks is 0; give at least 1"),
-    ({"similar": 0.0}, "similar is 0.0; give a share"), ({"similar": 1.5}, "similar is 1.5; give a share")])
+    ({"similar": 0.0}, "similar is 0.0; give a share"), ({"similar": 1.5}, "similar is 1.5; give a share"),
+    ({"floor": -0.1}, "floor is -0.1; give a share"), ({"floor": 1}, "floor is 1; give a share")])
 def test_an_impossible_early_stop_is_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         EarlyStop(**settings)

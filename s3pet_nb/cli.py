@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 import typer
 from rich.console import Console
@@ -297,7 +298,7 @@ def _whole(task: str) -> str:
 
 def _go(study_name: str, out: Path, options: Mapping, settings: list[str]) -> None:
     "Lay the options over a study, run it and show what came out."
-    from s3pet_nb.report import index, report, stopped_early
+    from s3pet_nb.report import index, report, stopped_by_hand, stopped_early
     from s3pet_nb.run import execute, parameters, resolve, study
 
     asked = study(study_name)
@@ -310,6 +311,8 @@ def _go(study_name: str, out: Path, options: Mapping, settings: list[str]) -> No
     Console(force_jupyter=False).print(closing_table(run.result))
     if early := stopped_early(run.result):
         say(f"search: stopped {early}", stderr=False)
+    if by_hand := stopped_by_hand(run.result):
+        say(f"stopped by hand: {by_hand}; remove {run.folder} to run it whole", stderr=False)
     say(f"report: {page}", stderr=False)
 
 # %% ../nbs/api/25_cli.ipynb #25-cli-030
@@ -435,7 +438,7 @@ def lab(
         root = Path.cwd() if folder.resolve().is_relative_to(Path.cwd()) else folder.resolve()
         opened = folder.resolve().relative_to(root).as_posix()
         words = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", f"--ServerApp.root_dir={root}",
-                 f"--LabApp.default_url=/lab/tree/{opened}", *ALONE] + ["--no-browser"] * (not browser)
+                 f"--LabApp.default_url=/lab/tree/{quote(opened)}", *ALONE] + ["--no-browser"] * (not browser)
         os.execve(sys.executable, [sys.executable, "-m", "jupyterlab", *words],
                   os.environ | kernel_environment())
 

@@ -17,8 +17,8 @@ them."""
 
 # %% auto #0
 __all__ = ['PLOTLY', 'WIDGET', 'SCRIPT', 'ERROR_TAG', 'OPTIONS', 'GIVEN', 'STYLE', 'TEMPLATE', 'URLS', 'REMOVED', 'FILES',
-           'ASKED', 'figure_html', 'static_output', 'failure', 'static_notebook', 'command', 'stopped_early', 'facts',
-           'title', 'head_html', 'page', 'report', 'score_texts', 'index_frame', 'index']
+           'ASKED', 'figure_html', 'static_output', 'failure', 'static_notebook', 'command', 'stopped_early',
+           'stopped_by_hand', 'facts', 'title', 'head_html', 'page', 'report', 'score_texts', 'index_frame', 'index']
 
 # %% ../nbs/api/24_report.ipynb #24-report-003
 import html
@@ -136,6 +136,14 @@ def stopped_early(
                       f"{early['saved']:.0%} of the search saved")
 
 
+def stopped_by_hand(
+    result: Mapping,  # what result.json holds
+) -> str | None:
+    "Which searches and trainings somebody stopped, and where; None if nobody did."
+    return ", ".join(f"{stop['phase']} after {stop['step']:,} of {stop['steps']:,} steps"
+                     for stop in result.get("stopped") or []) or None
+
+
 def _criterion(params: Mapping) -> str | None:
     if "criterion" not in params:
         return None
@@ -180,6 +188,7 @@ def facts(
         "Search space": space,
         "Gate and order": ", ".join(params[name] for name in ("gate", "order") if name in params) or None,
         "Stopped early": stopped_early(result),
+        "Stopped by hand": stopped_by_hand(result),
         "Criterion": _criterion(params),
         "Pruning": _pruned(params),
         "Protocol": _protocol(params),

@@ -38,7 +38,8 @@ def jupyterlab(folder: Path, **environment: str) -> Iterator[str]:
     command = [sys.executable, "-c", "from s3pet_nb.cli import main; main()", "lab", ".", "--port", str(port),
                "--no-browser"]
     with open(folder / "server.log", "wb") as log:
-        server = subprocess.Popen(command, cwd=folder, env=os.environ | own | environment, stdout=log, stderr=log)
+        server = subprocess.Popen(command, cwd=folder, env=os.environ | own | environment, stdout=log,
+                                  stderr=log)
     try:
         for _ in range(600):
             try:
@@ -47,6 +48,8 @@ def jupyterlab(folder: Path, **environment: str) -> Iterator[str]:
             except OSError:
                 assert server.poll() is None, (folder / "server.log").read_text()
                 time.sleep(0.1)
+        else:
+            raise TimeoutError((folder / "server.log").read_text())
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
@@ -59,8 +62,9 @@ class Page:
     def __init__(self, browser, address, name, **settings):
         self.page = browser.new_page(viewport={"width": 1400, "height": 1500}, **settings)
         self.asked, self.complaints = [], []
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
+        for kind in "request", "websocket":
+            self.page.on(kind, lambda asked: self.asked.append(asked.url))
+        self.page.on("console", lambda said: said.type == "error" and self.complaints.append(said.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.address = f"{address}/lab/tree/{name}?reset&token={TOKEN}"
         self.open()
@@ -85,6 +89,9 @@ class Page:
     def until_step(self, step):
         self.wait("""step => Number(((document.querySelector('.s3pet-status')?.innerText ?? '')
                      .match(/step ([\\d,]+) of/)?.[1] ?? '0').replaceAll(',', '')) >= step""", argument=step)
+
+    def button(self, name):
+        return self.page.locator(".s3pet-lab").get_by_role("button", name=name)
 
     def heat(self):
         return self.page.evaluate(f"JSON.stringify(document.querySelector('{DRAWN}').data[0].z)")

@@ -40,6 +40,7 @@ if search_steps == 13:
     raise FloatingPointError("the loss is NaN at step 13; lower lr")
 Run(run_folder).save_result({{"task": task, "metric": "accuracy", "budget": 4542, "n_backbone": 22_713_216,
                               "rows": [{ROW!r}], "seed": seed, "steps": search_steps, "lr": lr,
+                              "stopped": [{{"phase": "search", "step": 40, "steps": 160}}] * (seed == 5),
                               "search": {{"planned": 160, "early_stop": {{"step": 96, "saved": 0.4}}
                                          if seed == 3 else None}}}})"""
     head = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
@@ -270,6 +271,9 @@ def test_demo_lays_options_over_its_study_and_shows_what_came_out(tiny_template,
         f"report: {folder.relative_to(tmp_path) / 'report.html'}"]
     assert (folder / "report.html").stat().st_size > 0
     assert "stopped" not in invoke("demo", "--seed", "4").stdout
+
+    by_hand = invoke("demo", "--seed", "5").stdout
+    assert "stopped by hand: search after 40 of 160 steps; remove reports/demo/" in by_hand
 
     (folder / "report.html").unlink()
     again = invoke("report", str(folder))

@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 from synthetic import N_FIGURES, PRUNE_TEMPLATE, execute_notebook, make_pruned, make_run
 
 from s3pet_nb.plot import comparison_frame, plot_sizes, table
-from s3pet_nb.report import command, facts, index, report, static_notebook, stopped_early
+from s3pet_nb.report import command, facts, index, report, static_notebook, stopped_by_hand, stopped_early
 from s3pet_nb.store import Run
 
 EVIL = "<script>alert(1)</script>"
@@ -112,6 +112,14 @@ def test_head_says_gate_order_and_an_early_stop(tmp_path):
         search = {**run.result["search"], "gate": "local", "gap": 0.0, "planned": 2000, "early_stop": early}
         run.save_result({**run.result, "search": search})
         assert facts(run).get("Stopped early") == stopped_early(run.result) == said
+
+
+def test_head_says_what_was_stopped_by_hand(tmp_path):
+    run = make_run(tmp_path, study="search", steps=12)
+    assert "Stopped by hand" not in facts(run) and stopped_by_hand({}) is None
+    stops = [{"phase": "search", "step": 40, "steps": 160}, {"phase": "random-1", "step": 7, "steps": 2000}]
+    run.save_result({**run.result, "stopped": stops})
+    assert facts(run)["Stopped by hand"] == "search after 40 of 160 steps, random-1 after 7 of 2,000 steps"
 
 
 @pytest.mark.parametrize("asked, said", [

@@ -34,5 +34,5 @@ setup(
     package_dir={"s3pet_nb.templates": "nbs/experiments", "s3pet_nb.studies": "nbs/studies",
                  "s3pet_nb.tutorials": "nbs/tutorials"},
     package_data={"s3pet_nb.templates": ["*.ipynb"], "s3pet_nb.studies": ["*.yml"],
-                  "s3pet_nb.tutorials": ["*.ipynb"]},
+                  "s3pet_nb.tutorials": ["*.ipynb", "*.json"]},
 )

@@ -6,7 +6,7 @@ one layout and one line for each phase: the searched structure blue, random ones
 that stay apart for colour-blind readers, and then in dashes.
 
     p_frame           plot_p             p of every candidate, chosen ones outlined (figure 3 of S3PET)
-    mean_p_frame      plot_mean_p        the same, the mean over several runs of one space
+    mean_p_frame      plot_mean_p        the same, the mean over several runs of one space and one budget
     share_frame       plot_share         the share of each candidate that pruning kept, of one run or the mean
                                          over several (figure 1 of Lawton et al.)
     budget_frame      plot_budget        expected size E[N], budget B and shift zeta over the search
@@ -21,6 +21,8 @@ that stay apart for colour-blind readers, and then in dashes.
 
 `plot_budgets` draws the frame that `SearchResult.budgets` gives, since a log holds one budget only.
 
+Names come from files. In a figure they are text and never markup: no link, no tag.
+
 What this module does not do: it reads runs and never writes to them, and it does not update a figure while
 a run goes on."""
 
@@ -28,12 +30,12 @@ a run goes on."""
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'STYLES', 'INK', 'GRID', 'TEMPLATE', 'LAB_STYLE', 'CLEAR',
-           'MODULE_LABELS', 'P_SCALE', 'HALVES', 'ROUND', 'DASHES', 'SYMBOLS', 'lay_out', 'legend_below',
+           'MODULE_LABELS', 'P_SCALE', 'HALVES', 'ROUND', 'DASHES', 'SYMBOLS', 'as_text', 'lay_out', 'legend_below',
            'structure_kind', 'phase_lines', 'events', 'p_frame', 'p_grid', 'p_title', 'p_traces', 'draw_p', 'plot_p',
-           'mean_p_frame', 'plot_mean_p', 'share_frame', 'plot_share', 'steps_frame', 'budget_frame', 'plot_budget',
-           'mixed_frame', 'plot_mixed', 'loss_frame', 'plot_loss', 'score_frame', 'plot_score', 'structure_frame',
-           'comparison_frame', 'column_texts', 'table', 'score_columns', 'plot_comparison', 'plot_sizes',
-           'median_frame', 'plot_budgets']
+           'mean_p_frame', 'draw_mean_p', 'plot_mean_p', 'share_frame', 'draw_share', 'plot_share', 'steps_frame',
+           'budget_frame', 'plot_budget', 'mixed_frame', 'plot_mixed', 'loss_frame', 'plot_loss', 'score_frame',
+           'plot_score', 'structure_frame', 'comparison_frame', 'column_texts', 'table', 'score_columns',
+           'plot_comparison', 'plot_sizes', 'median_frame', 'plot_budgets']
 
 # %% ../nbs/api/22_plot.ipynb #22-plot-003
 import html
@@ -76,6 +78,13 @@ LAB_STYLE = """<style>
 CLEAR = dict(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")  # layout of such a figure
 
 
+def as_text(
+    name: object,
+) -> str:
+    "What plotly shows as it stands, where it would take tags for markup."
+    return html.escape(str(name), quote=False)
+
+
 def lay_out(
     figure: go.Figure,
     title: str,
@@ -112,16 +121,18 @@ def phase_lines(
 def events(
     run: Run,
     event: str,  # "space", "step", "gates" or "score"
+    records: Sequence[dict] | None = None,  # of the whole log, where it was read already
 ) -> list[dict]:
     "The records of one kind, in the order in which they were logged; `ValueError` if there is none."
-    found = [record for record in run.records() if record.get("event") == event]
+    every = run.records() if records is None else records
+    found = [record for record in every if record.get("event") == event]
     if not found:
         raise ValueError(f"run {run.study}/{run.id} has logged no record {event!r}; did the search start?")
     return found
 
 # %% ../nbs/api/22_plot.ipynb #22-plot-016
-def _gates(run: Run, step: int | None) -> dict:
-    found = {record["step"]: record for record in events(run, "gates")}
+def _gates(run: Run, step: int | None, records: Sequence[dict] | None = None) -> dict:
+    found = {record["step"]: record for record in events(run, "gates", records)}
     if step is None:
         step = ((run.result or {}).get("search") or {}).get("best_step")
         return found.get(step, found[max(found)])
@@ -145,14 +156,19 @@ def _place(entry: Mapping) -> tuple:
 def p_frame(
     run: Run,
     step: int | None = None,  # one at which gates were logged, else `ValueError`; None: the structure's
-) -> pd.DataFrame:  # stack, layer, role, kind, module, name, n, p, alpha, selected; attrs["step"]
-    "One row per candidate, in the order of the space; `layer` is missing outside the layers."
-    space, gates = events(run, "space")[0], _gates(run, step)
+) -> pd.DataFrame:  # stack, layer, role, kind, module, name, n, p, alpha, selected
+    """One row per candidate, in the order of the space; `layer` is missing outside the layers.
+
+    attrs: the step, the budget, the record of the gate if there is one, and the run's id.
+    """
+    records = run.records()
+    space, gates = events(run, "space", records)[0], _gates(run, step, records)
     chosen = {_place(module) for module in (run.structure or {}).get("modules", [])}
     frame = pd.DataFrame(space["candidates"]).assign(p=gates["p"], alpha=gates["alpha"])
     frame["selected"] = [_place(entry) in chosen for entry in space["candidates"]]
     frame = frame.astype({"layer": "Int64", "p": float, "alpha": float})
-    frame.attrs["step"] = gates["step"]
+    frame.attrs |= {"step": gates["step"], "budget": space.get("budget"), "gate": gates.get("gate"),
+                    "run": run.id}
     return frame[["stack", "layer", "role", "kind", "module", "name", "n", "p", "alpha", "selected"]]
 
 # %% ../nbs/api/22_plot.ipynb #22-plot-019
@@ -257,10 +273,11 @@ def _draw(
     figure = make_subplots(len(panels), 1, row_heights=heights, vertical_spacing=min(1, gap / body))
     for k, (stack, rows, columns, traces) in enumerate(panels, start=1):
         figure.add_traces(traces, rows=k, cols=1)
-        figure.update_xaxes(tickvals=list(range(len(columns))), ticktext=columns, title_text=f"{stack} layer",
-                            range=_span(len(columns), 0.004 * len(columns)), row=k)
-        figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=rows, range=_span(len(rows), 0.1)[::-1],
-                            ticklabelstandoff=4, row=k)
+        figure.update_xaxes(tickvals=list(range(len(columns))), ticktext=list(map(as_text, columns)),
+                            range=_span(len(columns), 0.004 * len(columns)),
+                            title_text=f"{as_text(stack)} layer", row=k)
+        figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=list(map(as_text, rows)),
+                            range=_span(len(rows), 0.1)[::-1], ticklabelstandoff=4, row=k)
     figure.update_xaxes(showgrid=False, ticks="").update_yaxes(showgrid=False, ticks="")
     figure.update_layout(coloraxis=dict(colorscale="Cividis", cmin=0, cmax=top, colorbar=dict(
         title=dict(text=bar, side="right"), tickformat=tick, thickness=14, lenmode="pixels",
@@ -272,7 +289,7 @@ P_SCALE = dict(bar="p", top=1, cell=".2f", tick=".1f", outline="selected")
 
 
 def _p_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    hover = [f"<b>{html.escape(row.name)}</b><br>n = {row.n:,}<br>p = {row.p:.4f}<br>"
+    hover = [f"<b>{as_text(row.name)}</b><br>n = {row.n:,}<br>p = {row.p:.4f}<br>"
              f"alpha = {row.alpha:.3f}<br>{'' if row.selected else 'not '}selected"
              for row in frame.itertuples(index=False)]
     return frame.assign(value=frame.p, hover=hover, outlined=frame.selected)
@@ -324,31 +341,51 @@ def _check_same_space(
                                  "a mean needs runs of one space on one backbone")
 
 
+def _check_one_budget(budgets: Iterable[int]) -> None:
+    "`ValueError` that names them if they are further apart than a hundredth."
+    found = sorted(set(budgets))
+    if found and found[-1] > 1.01 * found[0]:
+        raise ValueError(f"p has different budgets: {', '.join(f'{B:,}' for B in found)}; choose runs of one")
+
+
 def mean_p_frame(
-    runs: Sequence[Run],  # of one space, at least one; else `ValueError`
+    runs: Sequence[Run | pd.DataFrame],  # or their frames, as of `p_frame`; at least one, else `ValueError`
     step: int | None = None,  # as in `p_frame`; None: each run's own
-) -> pd.DataFrame:  # stack, layer, role, kind, module, name, n, p, low, high, selected, runs
-    "One row per candidate: mean, lowest and highest p, and how many of the runs selected it."
-    frames = [p_frame(run, step) for run in runs]
-    _check_same_space([f"run {run.id}" for run in runs], [zip(frame.name, frame.n) for frame in frames])
+) -> pd.DataFrame:  # stack, layer, role, kind, module, name, n, p, low, high, selected, runs; attrs["runs"]
+    """One row per candidate: mean, lowest and highest p, and how many of the runs selected it.
+
+    `ValueError` for runs of different candidates or budgets.
+    """
+    frames = [p_frame(run, step) if isinstance(run, Run) else run for run in runs]
+    _check_same_space([f"run {frame.attrs['run']}" for frame in frames],
+                      [zip(frame.name, frame.n) for frame in frames])
+    _check_one_budget(frame.attrs["budget"] for frame in frames if frame.attrs["budget"])
     p = pd.concat([frame.p for frame in frames], axis=1)
     chosen = sum(frame.selected.astype(int) for frame in frames)
-    return frames[0].drop(columns=["p", "alpha", "selected"]).assign(
+    found = frames[0].drop(columns=["p", "alpha", "selected"]).assign(
         p=p.mean(axis=1), low=p.min(axis=1), high=p.max(axis=1), selected=2 * chosen > len(runs),
         runs=[f"{count} of {len(runs)} runs" for count in chosen])
+    found.attrs = {"runs": len(runs)}
+    return found
+
+
+def draw_mean_p(
+    frame: pd.DataFrame,  # of `mean_p_frame`
+) -> go.Figure:
+    "Heatmap of mean p over several runs; what more than half of them selected is outlined."
+    hover = [f"<b>{as_text(row.name)}</b><br>n = {row.n:,}<br>mean p = {row.p:.4f}, from {row.low:.4f} to "
+             f"{row.high:.4f}<br>selected in {row.runs}" for row in frame.itertuples(index=False)]
+    cells = frame.assign(value=frame.p, hover=hover, outlined=frame.selected)
+    return _draw(cells, f"Mean activation probability p over {frame.attrs['runs']} runs, "
+                        f"{frame.selected.sum()} modules selected in most", **P_SCALE)
 
 
 def plot_mean_p(
-    runs: Sequence[Run],  # of one space
+    runs: Sequence[Run],  # of one space and one budget
     step: int | None = None,  # as in `mean_p_frame`
 ) -> go.Figure:
-    "Heatmap of mean p over several runs; what more than half of them selected is outlined."
-    frame = mean_p_frame(runs, step)
-    hover = [f"<b>{row.name}</b><br>n = {row.n:,}<br>mean p = {row.p:.4f}, from {row.low:.4f} to "
-             f"{row.high:.4f}<br>selected in {row.runs}" for row in frame.itertuples(index=False)]
-    cells = frame.assign(value=frame.p, hover=hover, outlined=frame.selected)
-    return _draw(cells, f"Mean activation probability p over {len(runs)} runs, "
-                        f"{frame.selected.sum()} modules selected in most", **P_SCALE)
+    "The heatmap of mean p over several runs."
+    return draw_mean_p(mean_p_frame(runs, step))
 
 # %% ../nbs/api/22_plot.ipynb #22-plot-030
 def _result(source: Run | Mapping) -> Mapping:
@@ -397,23 +434,30 @@ def share_frame(
 
 # %% ../nbs/api/22_plot.ipynb #22-plot-033
 def _share_hover(row, n_runs: int) -> str:
+    head = f"<b>{as_text(row.name)}</b><br>"
     if n_runs == 1:
-        return f"<b>{row.name}</b><br>{round(row.share * row.of):,} of {row.of:,} kept, {row.share:.2%}"
-    return (f"<b>{row.name}</b><br>of {row.of:,} kept on average {row.share:.2%}, from {row.low:.2%} to "
+        return f"{head}{round(row.share * row.of):,} of {row.of:,} kept, {row.share:.2%}"
+    return (f"{head}of {row.of:,} kept on average {row.share:.2%}, from {row.low:.2%} to "
             f"{row.high:.2%}<br>anything of it in {row.kept_in} of {n_runs} runs")
 
 
-def plot_share(
-    runs: Run | Mapping | Sequence[Run | Mapping],  # as in `share_frame`
+def draw_share(
+    frame: pd.DataFrame,  # of `share_frame`
 ) -> go.Figure:
     "Heatmap of the kept share: layers by positions and module types, a panel for each stack."
-    frame = share_frame(runs)
     n_runs, whole = frame.attrs["runs"], 100 * (frame["share"] @ frame["of"]) / frame["of"].sum()
     hover = [_share_hover(row, n_runs) for row in frame.itertuples(index=False)]
     cells = frame.assign(value=frame.share, hover=hover, outlined=frame.low == 1)
     mean = f", mean over {n_runs} runs" if n_runs > 1 else ""
     return _draw(cells, f"Kept share of each module{mean}; of all entries {whole:.3g} %",
                  bar="share kept", top=frame.share.max(), cell=".2~p", tick="~%", outline="wholly kept")
+
+
+def plot_share(
+    runs: Run | Mapping | Sequence[Run | Mapping],  # as in `share_frame`
+) -> go.Figure:
+    "The heatmap of the kept share of one run or several."
+    return draw_share(share_frame(runs))
 
 # %% ../nbs/api/22_plot.ipynb #22-plot-036
 def steps_frame(
@@ -540,9 +584,9 @@ def _curve_lines(frame: pd.DataFrame) -> dict[str, dict[str, str]]:
 
 def _legend(figure: go.Figure, curve: str) -> dict:
     "Name and legend of a curve: all random ones under one entry."
-    name = structure_kind(curve)
+    name = as_text(structure_kind(curve))
     return dict(name=name, legendgroup=name, showlegend=name not in {trace.name for trace in figure.data},
-                hovertemplate=f"step %{{x}}: %{{y:.3f}}<extra>{html.escape(curve)}</extra>")
+                hovertemplate=f"step %{{x}}: %{{y:.3f}}<extra>{as_text(curve)}</extra>")
 
 # %% ../nbs/api/22_plot.ipynb #22-plot-045
 def plot_loss(
@@ -590,7 +634,8 @@ def plot_score(
         ring = dict(size=15, color=ORANGE, symbol="circle-open", line_width=2.5)
         figure.add_scatter(x=best.step, y=best.score, mode="markers", marker=ring, hoverinfo="skip",
                            name="structure taken here", row=1, col=1)
-    figure.update_yaxes(title_text=f"validation {(run.result or {}).get('metric', 'score')}", col=1)
+    metric = as_text((run.result or {}).get("metric", "score"))
+    figure.update_yaxes(title_text=f"validation {metric}", col=1)
     return legend_below(lay_out(figure, "Validation score", height=360))
 
 # %% ../nbs/api/22_plot.ipynb #22-plot-051
@@ -676,7 +721,7 @@ def score_columns(
 def _kind_label(kind: str, part: pd.DataFrame) -> str:
     low, high = part.n_params.min(), part.n_params.max()
     count = f" ({len(part)})" if len(part) > 1 else ""
-    return f"{kind}{count}<br>{low:,}" + (f"–{high:,}" if high > low else "") + " parameters"
+    return f"{as_text(kind)}{count}<br>{low:,}" + (f"–{high:,}" if high > low else "") + " parameters"
 
 
 def plot_comparison(
@@ -684,19 +729,20 @@ def plot_comparison(
 ) -> go.Figure:
     "Scores of every re-trained structure: a line for each kind, a symbol for each split, no seed left out."
     frame = comparison_frame(source)
-    metric = _result(source)["metric"]
+    metric = as_text(_result(source)["metric"])
     kind = frame.label.map(structure_kind)
     kinds, splits = list(kind.unique()), score_columns(frame)
     colour, figure = [phase_lines(kinds)[name]["color"] for name in kind], go.Figure()
     for k, split in enumerate(splits):
+        name = as_text(split)
         lane = 0.22 * (k - (len(splits) - 1) / 2)
         ring = split == "validation"
         marker = dict(size=11, opacity=0.85, color=colour, line_width=2 if ring else 0,
                       symbol="circle-open" if ring else SYMBOLS[k % len(SYMBOLS)])
         figure.add_scatter(
-            x=frame[split], y=kind.map(kinds.index) + lane, mode="markers", name=split, marker=marker,
-            text=frame.label, customdata=frame[["structure", "n_params"]],
-            hovertemplate=f"<b>%{{text}}</b><br>{split} {metric} %{{x:.3f}}<br>%{{customdata[0]}}<br>"
+            x=frame[split], y=kind.map(kinds.index) + lane, mode="markers", name=name, marker=marker,
+            text=frame.label.map(as_text), customdata=list(zip(frame.structure.map(as_text), frame.n_params)),
+            hovertemplate=f"<b>%{{text}}</b><br>{name} {metric} %{{x:.3f}}<br>%{{customdata[0]}}<br>"
                           "%{customdata[1]:,} parameters<extra></extra>")
     figure.update_xaxes(title_text=metric)
     figure.update_yaxes(tickvals=list(range(len(kinds))), range=[len(kinds) - 0.5, -0.5], ticks="",
@@ -712,13 +758,13 @@ def plot_sizes(
 ) -> go.Figure:
     "Test score of every re-trained structure against its number of parameters, on a logarithmic axis."
     frame = comparison_frame(source)
-    metric, figure = _result(source)["metric"], go.Figure()
+    metric, figure = as_text(_result(source)["metric"]), go.Figure()
     kind = frame.label.map(structure_kind)
     lines = phase_lines(kind)
     for name, part in frame.groupby(kind, sort=False):
         symbol = SYMBOLS[("solid", "dash", "dot").index(lines[name]["dash"])]
         figure.add_scatter(
-            x=part.n_params, y=part.test, mode="markers", name=name, text=part.label,
+            x=part.n_params, y=part.test, mode="markers", name=as_text(name), text=part.label.map(as_text),
             marker=dict(size=11, opacity=0.85, color=lines[name]["color"], symbol=symbol),
             hovertemplate="<b>%{text}</b><br>%{x:,} parameters<br>test %{y:.3f}<extra></extra>")
     figure.update_xaxes(title_text="trained parameters, a new head left out", **_LOG_AXIS)
@@ -758,7 +804,7 @@ def median_frame(
 def _dropped(names: Sequence[str]) -> str:
     if not names:
         return "keeps all modules of the smaller budget"
-    shown, more = list(names[:8]), len(names) - 8
+    shown, more = list(map(as_text, names[:8])), len(names) - 8
     return "drops " + "<br>".join(shown + [f"and {more} more"] * (more > 0))
 
 

@@ -58,12 +58,12 @@ PACKAGE = Path(s3pet_nb.__file__).parent
 def shipped(
     kind: str,  # "templates", "studies" or "tutorials"
 ) -> dict[str, Path]:  # by name
-    "The templates, studies or tutorials that come with the project."
-    folder, pattern = {"templates": ("experiments", "*.ipynb"), "studies": ("studies", "*.yml"),
-                       "tutorials": ("tutorials", "*.ipynb")}[kind]
+    "The templates, studies or tutorials that come with the project; with tutorials the files that they read."
+    folder, *patterns = {"templates": ("experiments", "*.ipynb"), "studies": ("studies", "*.yml"),
+                         "tutorials": ("tutorials", "*.ipynb", "*.json")}[kind]
     inside = PACKAGE / kind
     home = inside if inside.is_dir() else PACKAGE.parent / "nbs" / folder
-    return {path.stem: path for path in sorted(home.glob(pattern))}
+    return {path.stem: path for pattern in patterns for path in sorted(home.glob(pattern))}
 
 
 def _find(kind: str, singular: str, suffix: str, name_or_path: str | os.PathLike) -> Path:

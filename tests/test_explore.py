@@ -1,6 +1,7 @@
 "The explorer: numbers of its frames, broken folders, names as text, controls that change what is shown."
 
 import base64
+import html
 import io
 import json
 import math
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import pytest
 import torch
 from scipy.stats import t
@@ -20,7 +20,6 @@ from s3pet_nb.explore import (
     Explorer,
     Learned,
     csv_link,
-    find_runs,
     gate_from,
     jaccard_frame,
     margin,
@@ -33,15 +32,16 @@ from s3pet_nb.explore import (
     plot_sweep,
     plot_trained,
     plot_under,
+    reports_note,
     run_frame,
     run_labels,
     runs_html,
     sweep_frame,
     trained_frame,
 )
-from s3pet_nb.gate import Annealed, ShiftedSigmoid, gate_record, geometric
+from s3pet_nb.gate import Annealed, HardConcrete, ShiftedSigmoid, gate_record, geometric
 from s3pet_nb.plot import mean_p_frame, p_frame, share_frame
-from s3pet_nb.store import Run, write_json
+from s3pet_nb.store import Run, run_folders, write_json
 from s3pet_nb.structure import Structure, select
 
 ATTACK = "<img src=x onerror=alert(1)>"
@@ -60,7 +60,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(root):
-    return find_runs(root, "demo")[0]
+    return run_folders(root, "demo")[0]
 
 
 def learned(p, n, budget, gate=ShiftedSigmoid(), method="greedy"):
@@ -79,42 +79,47 @@ def rewrite(run, change):
     return run
 
 
-# --- which runs there are
-
-def test_every_folder_with_a_part_of_a_run_is_found(tmp_path):
-    for name, file in {"a": "params.json", "b": "log.jsonl", "c": "structure.json", "d": "notes.txt"}.items():
-        (tmp_path / "study" / name).mkdir(parents=True)
-        (tmp_path / "study" / name / file).write_text("{}")
-    assert [run.id for run in find_runs(tmp_path)] == ["a", "b", "c"]
-    assert find_runs(tmp_path / "none") == [] and find_runs(tmp_path / "none", "x") == []
-    with pytest.raises(UnknownName, match="did you mean 'study'"):
-        find_runs(tmp_path, "stady")
+def told(view):
+    "The sentences of a view, as text."
+    return html.unescape(view.says.value).replace("<br>", " ").strip()
 
 
-@pytest.mark.parametrize("spoil, sentence", [
-    (lambda folder: (folder / "params.json").unlink(), "no params.json"),
-    (lambda folder: (folder / "log.jsonl").unlink(), "no log.jsonl"),
-    (lambda folder: (folder / "structure.json").unlink(), "no structure.json"),
-    (lambda folder: (folder / "result.json").unlink(), "no result.json"),
+# --- what a folder lacks
+
+LOST = {"Compare": "There is no structure to compare.", "Average": "There is no average to show.",
+        "Sweep": "There is no test score to show."}
+
+
+@pytest.mark.parametrize("spoil, sentence, view", [
+    (lambda folder: (folder / "params.json").unlink(), "no params.json", None),
+    (lambda folder: (folder / "log.jsonl").unlink(), "no log.jsonl", "Average"),
+    (lambda folder: (folder / "structure.json").unlink(), "no structure.json", "Compare"),
+    (lambda folder: (folder / "result.json").unlink(), "no result.json", "Sweep"),
     (lambda folder: (folder / "structure.json").write_text('{"modules": ['),
-     "a structure.json that is not JSON"),
+     "a structure.json that is no JSON object", "Compare"),
+    (lambda folder: (folder / "result.json").write_text('{"task": "agreement", "ro'),
+     "a result.json that is no JSON object", "Sweep"),
+    (lambda folder: (folder / "result.json").write_text("[1]"), "a result.json that is no JSON object", "Sweep"),
     (lambda folder: (folder / "log.jsonl").open("a").write('{"event": "st'),
-     "a log.jsonl whose last line is cut off"),
+     "a log.jsonl whose last line is cut off", None),
 ])
-def test_what_a_folder_lacks_is_one_sentence_and_the_rest_is_shown(tmp_path, spoil, sentence):
+def test_what_a_folder_lacks_is_one_sentence_and_the_rest_is_shown(tmp_path, spoil, sentence, view):
     run = make_run(tmp_path)
     assert missing(run) == ""
     spoil(run.folder)
-    assert missing(run) == f"Run demo/{run.id} has {sentence}."
+    said = f"Run demo/{run.id} has {sentence}."
+    assert missing(run) == said
     explorer = Explorer(tmp_path)
     assert sentence in explorer.view.frames["runs"].missing[0]
-    for name in "Budget", "Compare", "Average", "Sweep":
+    for name, nothing in LOST.items():
         explorer.choice.value = name
+        assert told(explorer.view) == (f"{said} {nothing}" if name == view else "")
+        assert bool(explorer.view.figures) == (name != view)
     explorer.choice.value = "Budget"
-    assert sentence in explorer.view.says.value
+    assert told(explorer.view).startswith(said) and "trained" not in told(explorer.view)
     expected = {"p", "trained"}
     expected -= {"p"} if sentence == "no log.jsonl" else set()
-    expected -= {"trained"} if sentence == "no result.json" else set()
+    expected -= {"trained"} if "result.json" in sentence else set()
     assert set(explorer.view.frames) == expected
 
 
@@ -152,7 +157,7 @@ def test_a_line_in_the_middle_that_is_no_json_is_named(tmp_path):
     assert list(explorer.view.frames) == ["trained"]
 
 
-def test_runs_without_a_log_still_compare_and_sweep(root, tmp_path):
+def test_runs_without_a_log_still_compare_and_sweep(tmp_path):
     runs = [make_run(tmp_path, seed=seed) for seed in range(2)]
     for run in runs:
         (run.folder / "log.jsonl").unlink()
@@ -160,17 +165,58 @@ def test_runs_without_a_log_still_compare_and_sweep(root, tmp_path):
     explorer.choice.value = "Compare"
     assert set(explorer.view.frames) == {"jaccard", "places"} and explorer.view.says.value == ""
     explorer.choice.value = "Average"
-    assert "has logged no record" in explorer.view.says.value
+    assert told(explorer.view) == (" ".join(f"Run demo/{run.id} has no log.jsonl." for run in runs)
+                                   + " There is no average to show.")
     explorer.choice.value = "Sweep"
     assert set(explorer.view.frames) == {"sweep of test"}
 
 
-def test_no_run_at_all(tmp_path):
-    explorer = Explorer(tmp_path / "none")
-    assert explorer.count.value == "0 of 0 runs"
-    for name in "Compare", "Average", "Sweep", "Budget", "Runs":
+@pytest.mark.parametrize("there", [True, False])
+def test_no_run_at_all(tmp_path, there):
+    root = tmp_path / "reports"
+    if there:
+        root.mkdir()
+    explorer = Explorer(root)
+    assert explorer.count.value == "0 of 0 runs" and explorer.view.frames["runs"].empty
+    for name, nothing in (LOST | {"Budget": "There is no run to show."}).items():
         explorer.choice.value = name
-    assert explorer.views["Compare"].says.value == "There is no structure to compare."
+        assert told(explorer.view) == nothing and explorer.view.figures == {}
+
+
+@pytest.mark.parametrize("hole", ['"test": NaN', '"test": null', '"other": 1'])
+def test_a_result_with_a_hole_is_said_in_both_views_and_the_rest_is_shown(tmp_path, hole):
+    whole, run = make_run(tmp_path, seed=1), make_run(tmp_path)
+    text, score = json.dumps(run.result), f'"test": {run.result["rows"][1]["test"]}'
+    assert text.count(score) == 1
+    (run.folder / "result.json").write_text(text.replace(score, hole))
+    explorer = Explorer([run, whole])
+    for name in "Budget", "Sweep":
+        explorer.choice.value = name
+        assert f"Run demo/{run.id} has no test score of random-1." in told(explorer.view)
+    assert set(explorer.views["Budget"].figures) == {"p", "trained"}
+    assert explorer.view.frames["sweep of test"].set_index("label").seeds["searched"] == 2
+
+
+def test_a_result_whose_rows_have_no_labels_is_left_out(tmp_path):
+    whole, run = make_run(tmp_path, seed=1), make_run(tmp_path)
+    run.save_result({**run.result, "rows": [{"test": 0.5, "n_params": 8}]})
+    explorer = Explorer([run, whole])
+    explorer.choice.value = "Budget"
+    said = f"run demo/{run.id} has rows without a label"
+    assert said in told(explorer.view) and list(explorer.view.figures) == ["p"]
+    explorer.choice.value = "Sweep"
+    assert told(explorer.view) == said
+    assert set(explorer.view.frames["sweep of test"].seeds) == {1}
+
+
+def test_a_run_that_trained_nothing_says_so_once(tmp_path):
+    run = make_run(tmp_path)
+    run.save_result({**run.result, "rows": []})
+    with pytest.raises(ValueError, match=f"run demo/{run.id} has trained no structure"):
+        trained_frame(run)
+    explorer = Explorer([run])
+    explorer.choice.value = "Budget"
+    assert told(explorer.view).count(run.id) == 1 and list(explorer.view.frames) == ["p"]
 
 
 # --- the table
@@ -195,22 +241,26 @@ def test_state_of_a_run_that_failed_or_goes_on(tmp_path):
 
 
 def test_sort_and_filter(root):
-    frame = run_frame(find_runs(root))
+    frame = run_frame(run_folders(root))
     down = picked(frame, by="budget", ascending=False)
     assert down.budget.tolist() == sorted(frame.budget, reverse=True)
     assert picked(frame, "WIDE").study.tolist() == ["wide"]
     assert picked(frame, "demo seed=1").seed.tolist() == [1]
     assert picked(frame, "demo wide").empty and len(picked(frame)) == len(frame)
+    assert len(picked(frame, "4,542")) == len(picked(frame, "budget=4,542")) == len(picked(frame, "4542")) == 3
+    with pytest.raises(UnknownName, match="unknown column 'sed'; did you mean 'seed'"):
+        picked(frame, "demo sed=1")
     lost = frame.assign(searched=[math.nan, 0.1, 0.3, 0.2, math.nan])
     assert picked(lost, by="searched").index.tolist()[:3] == [1, 3, 2]
 
 
 def test_labels_are_what_runs_differ_in(root):
-    demo, wide = find_runs(root, "demo"), find_runs(root, "wide")
+    demo, wide = run_folders(root, "demo"), run_folders(root, "wide")
     assert sorted(run_labels(demo)) == ["seed 0", "seed 1", "seed 2"]
     labels = run_labels([*demo, *wide])
     assert len(set(labels)) == 4 and "wide · budget 9000 · seed 0" in labels
-    assert run_labels(wide * 2)[0] == f"agreement {wide[0].id}"
+    assert run_labels(wide * 2) == [f"agreement {wide[0].id} ({k})" for k in (1, 2)]
+    assert run_labels(wide, run_frame(wide)) == run_labels(wide) == ["agreement"]
 
 
 def test_a_report_is_linked_relative_to_the_notebook(tmp_path):
@@ -221,6 +271,15 @@ def test_a_report_is_linked_relative_to_the_notebook(tmp_path):
     (tmp_path / "nbs" / "here").mkdir(parents=True)
     link = re.search('href="([^"]*)"', runs_html(frame, [run], tmp_path / "nbs" / "here"))[1]
     assert link == f"../../my%20reports/a%20study/{run.id}/report.html"
+
+
+def test_where_reports_are_and_what_they_need_stands_above_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "reports")
+    assert Explorer().view.says.value == "" == reports_note([run])
+    (run.folder / "report.html").write_text("page")
+    shown = Explorer().view.says.value
+    assert shown.startswith("Reports are reports/STUDY/RUN/report.html. In JupyterLab") and "Trust HTML" in shown
 
 
 def test_names_are_text_and_never_markup(tmp_path):
@@ -246,7 +305,7 @@ def test_the_csv_of_a_frame_is_in_its_link():
 
 
 def test_the_csv_of_a_matrix_has_its_names(root):
-    runs = find_runs(root, "demo")
+    runs = run_folders(root, "demo")
     explorer = Explorer(runs)
     explorer.choice.value = "Compare"
     data = re.search("base64,([^\"]*)\"", explorer.view.files.value)[1]
@@ -274,7 +333,7 @@ def test_p_and_the_set_under_another_budget(run, B):
     assert frame.n[frame.selected].sum() <= B
     assert frame.selected.tolist() == select(torch.tensor(frame.p), torch.tensor(frame.n), B).tolist()
     figure = plot_under(frame)
-    assert f"budget of {B:,} parameters, {frame.selected.sum()} modules" in figure.layout.title.text
+    assert f"Budget of {B:,} parameters: {frame.selected.sum()} modules" in figure.layout.title.text
     assert sum(value is not None for row in figure.data[0].z for value in row) == 110
 
 
@@ -302,6 +361,36 @@ def test_a_gate_that_does_not_give_the_logged_p_is_refused(tmp_path):
     explorer.choice.value = "Budget"
     assert explorer.view.slider.disabled and "its gate" in explorer.view.says.value
     assert explorer.view.frames["p"].p.tolist() == p_frame(run).p.tolist()
+
+
+def test_a_structure_of_other_alphas_is_said(run, tmp_path):
+    assert Learned.of(run).note == ""
+    other = make_run(tmp_path)
+    structure = other.structure
+    write_json(other.folder / "structure.json", structure | {"modules": structure["modules"][1:]})
+    said = "is another set than p at step 50 selects"
+    assert said in Learned.of(other).note
+    explorer = Explorer([other])
+    explorer.choice.value = "Budget"
+    assert said in told(explorer.view) and set(explorer.view.frames) == {"p", "trained"}
+    (other.folder / "structure.json").unlink()
+    assert Learned.of(other).note == ""
+
+
+def test_gates_whose_p_follows_no_budget_are_not_said_to():
+    gate = HardConcrete()
+    alpha = torch.tensor([0.5, -0.2, 1.0], dtype=torch.float64)
+    found = learned(torch.sigmoid(alpha).tolist(), [4, 10, 3], 9, gate=gate)
+    low, high = found.under(4), found.under(14)
+    assert low.p.tolist() == high.p.tolist() == pytest.approx(gate.p(alpha).tolist())
+    assert plot_under(low).layout.title.text == "Budget of 4 parameters: 1 modules selected, p at step 7"
+
+
+def test_a_log_is_read_once_for_what_it_learned(run, monkeypatch):
+    read = []
+    monkeypatch.setattr(Run, "records", lambda run, records=Run.records: read.append(run) or records(run))
+    Learned.of(run)
+    assert read == [run]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -332,8 +421,10 @@ def test_the_text_says_size_margin_and_what_has_to_go():
     found = learned([0.9, 0.6, 0.5, 0.4], [4, 10, 3, 2], 9)
     assert margin(found.under(9))["name"].tolist() == ["encoder.0.q3.lora", "encoder.0.q1.lora"]
     text = margin_text(found, 9)
-    assert text.startswith("3 modules with 9 parameters under a budget of 9. Last in: encoder.0.q3.lora, 2 ")
-    assert text.endswith("from a budget of 14 on, in the place of encoder.0.q2.lora, encoder.0.q3.lora.")
+    assert text == ("3 modules with 9 parameters under a budget of 9. "
+                    f"Last in: encoder.0.q3.lora, 2 parameters, p = {found.under(9).p[3]:.3f}; this set needs 9. "
+                    f"Next in: encoder.0.q1.lora, 10 parameters, p = {found.under(9).p[1]:.3f}, at a budget of "
+                    "14, in the place of encoder.0.q2.lora, encoder.0.q3.lora.")
     assert "Next in" not in margin_text(found, 19)
     exact = learned([0.9, 0.6, 0.5, 0.4], [4, 10, 3, 2], 9, method="exact")
     assert "none is the last" in margin_text(exact, 9)
@@ -351,21 +442,25 @@ def test_the_slider_changes_the_data_of_the_figures_that_are_there(root):
     explorer = Explorer(root, "demo")
     explorer.choice.value = "Budget"
     view = explorer.view
-    heat, sizes, z = view.figures["p"], view.figures["trained"], view.figures["p"].data[0].z
-    assert isinstance(heat, go.FigureWidget) and view.frames["p"].attrs["budget"] == 4542
+    z, drawn = view.figures["p"].data[0].z, view.live.figures
+    assert view.frames["p"].attrs["budget"] == 4542
     view.slider.value = 20_000
-    assert view.figures["p"] is heat and view.plots.children[0] is heat
+    heat, sizes = view.figures["p"], view.figures["trained"]
+    assert len(view.live.figures) == len(drawn) == 2 and view.live.figures[0] != drawn[0]
+    assert view.live.figures[0]["layout"]["title"]["text"] == heat.layout.title.text
     frame = Learned.of(view.run.value).under(20_000)
     cells = sorted(value for row in heat.data[0].z for value in row if value is not None)
     assert cells == pytest.approx(sorted(frame.p)) and heat.data[0].z != z
     assert "20,000" in heat.layout.title.text and sizes.layout.shapes[0].x0 == 20_000
     assert "under a budget of 20,000" in view.says.value
+    names = re.findall('download="([^"]*)"', view.files.value)
+    assert names == [f"p-{view.run.value.id}-20000.csv", f"trained-{view.run.value.id}.csv"]
     outlined = [trace for trace in heat.data if trace.name == "selected"][0]
     assert len(outlined.x) == 6 * frame.selected.sum()
 
 
 def test_another_run_is_another_figure_with_its_own_limits(root):
-    explorer = Explorer(find_runs(root, "demo") + find_runs(root, "prune"))
+    explorer = Explorer(run_folders(root, "demo") + run_folders(root, "prune"))
     explorer.choice.value = "Budget"
     view = explorer.view
     before = view.figures["p"]
@@ -373,7 +468,8 @@ def test_another_run_is_another_figure_with_its_own_limits(root):
     assert view.figures["p"] is not before and round(view.slider.value) == 4542
     assert (10 ** view.slider.min, 10 ** view.slider.max) == pytest.approx((384, 87_168))
     view.run.value = view.run.options[3][1]
-    assert view.slider.disabled and "has logged no record &#x27;gates&#x27;" in view.says.value
+    assert view.slider.disabled and told(view) == (
+        f"Run prune/{view.run.value.id} was pruned; there are no gates.")
     view.run.value = view.run.options[0][1]
     assert not view.slider.disabled and set(view.frames) == {"p", "trained"}
 
@@ -442,7 +538,24 @@ def test_averages_are_those_of_the_papers_figures(root):
     pd.testing.assert_frame_equal(view.frames["mean p"], expected)
     assert view.frames["mean p"].p.tolist() == np.mean([p_frame(run).p for run in runs], axis=0).tolist()
     explorer.filter.value = "prune"
-    pd.testing.assert_frame_equal(explorer.view.frames["mean share"], share_frame(find_runs(root, "prune")))
+    pd.testing.assert_frame_equal(explorer.view.frames["mean share"], share_frame(run_folders(root, "prune")))
+
+
+def test_p_of_different_budgets_is_not_averaged(root):
+    explorer = Explorer(root)
+    explorer.choice.value = "Average"
+    assert told(explorer.view) == "p has different budgets: 4,542, 9,000; choose runs of one"
+    assert list(explorer.view.frames) == ["mean share"]
+
+
+def test_p_of_different_tasks_is_averaged_and_each_log_is_read_once(tmp_path, monkeypatch):
+    runs = [make_run(tmp_path, seed=seed, task=task) for seed, task in enumerate(("rte", "cola"))]
+    read = []
+    monkeypatch.setattr(Run, "records", lambda run, records=Run.records: read.append(run) or records(run))
+    explorer = Explorer(runs)
+    explorer.choice.value = "Average"
+    assert read == runs or read == runs[::-1]
+    assert "over 2 runs" in explorer.view.figures["mean p"].layout.title.text and told(explorer.view) == ""
 
 
 def test_runs_of_different_spaces_have_no_mean(tmp_path):
@@ -508,6 +621,21 @@ def test_runs_that_differ_otherwise_are_kept_apart_and_tasks_have_panels(tmp_pat
                                                                          "searched, order second"]
 
 
+def test_only_what_runs_of_one_task_differ_in_keeps_them_apart(tmp_path):
+    asked = [("rte", {"steps": 100}), ("rte", {"steps": 100, "order": "first"}), ("cola", {"steps": 200})]
+    runs = [finished(tmp_path, task, 0, 50, {"searched": 0.5}, **params) for task, params in asked]
+    frame = sweep_frame(runs)
+    assert frame[["task", "setting"]].to_numpy().tolist() == [
+        ["cola", "no order"], ["rte", "no order"], ["rte", "order first"]]
+    assert sweep_frame(runs[1:]).setting.tolist() == ["", ""]
+
+
+def test_a_run_without_a_result_parts_no_others(tmp_path):
+    runs = [finished(tmp_path, "rte", seed, 50, {"searched": 0.5}) for seed in range(2)]
+    going = Run.create(tmp_path, "sweep", {"task": "rte", "seed": 2, "budget": 50, "order": "first"}, "")
+    assert sweep_frame([*runs, going]).seeds.tolist() == [2] and sweep_frame([going]).empty
+
+
 def test_a_score_that_is_none_is_left_out_and_said(tmp_path):
     runs = [finished(tmp_path, "rte", 0, 50, {"searched": 0.6}),
             finished(tmp_path, "rte", 1, 50, {"searched": math.nan})]
@@ -542,21 +670,54 @@ def test_a_view_stays_as_it_was_left_until_the_runs_change(root):
     assert explorer.view.budget == 4542 and explorer.view.run.value.params["seed"] == 2
 
 
+def test_another_form_of_images_leaves_all_else_as_it_was_set(root):
+    explorer = Explorer(root, "demo")
+    explorer.choice.value = "Budget"
+    view = explorer.view
+    view.run.value = view.run.options[1][1]
+    view.slider.value = 12_000
+    explorer.choice.value = "Compare"
+    explorer.view.runs.index = (0, 2)
+    explorer.form.value = "svg"
+    assert explorer.view.runs.index == (0, 2)
+    explorer.choice.value = "Budget"
+    assert explorer.view is view and view.run.index == 1 and view.budget == 12_000
+    assert view.frames["p"].attrs["budget"] == 12_000
+    assert view.live.figures[0]["config"]["toImageButtonOptions"]["format"] == "svg"
+    explorer.choice.value = "Runs"
+    explorer.view.by.value = "seed"
+    explorer.form.value = "png"
+    assert explorer.view.by.value == "seed"
+
+
+def test_a_misspelt_column_is_said_beside_the_filter(root):
+    explorer = Explorer(root)
+    explorer.filter.value = "sed=1"
+    assert explorer.count.value.startswith("0 of 5 runs; unknown column 'sed'; did you mean 'seed'")
+    explorer.filter.value = "seed=1"
+    assert explorer.count.value == "1 of 5 runs" and explorer.view.frames["runs"].seed.tolist() == [1]
+
+
 def test_images_are_saved_in_the_form_that_is_chosen(root):
     explorer = Explorer(root, "demo")
     explorer.choice.value = "Budget"
-    config = explorer.view.figures["p"]._config
-    assert config["toImageButtonOptions"] == {"format": "png", "filename": "p", "scale": 2}
+    config = explorer.view.live.figures[0]["config"]
+    name = f"p-{explorer.view.run.value.id}-4542"
+    assert config["toImageButtonOptions"] == {"format": "png", "filename": name, "scale": 2}
     explorer.form.value = "svg"
-    assert explorer.view.figures["p"]._config["toImageButtonOptions"]["format"] == "svg"
+    assert explorer.view.live.figures[0]["config"]["toImageButtonOptions"]["format"] == "svg"
 
 
 def test_looking_again_finds_new_runs(tmp_path):
     make_run(tmp_path)
     explorer = Explorer(tmp_path)
+    explorer.choice.value = "Budget"
+    old = explorer.view.live
+    assert old.comm is not None
     make_run(tmp_path, seed=1)
     explorer.again.click()
     assert explorer.count.value == "2 of 2 runs"
+    assert old.comm is None and explorer.view.live.comm is not None
 
 
 def test_controls_have_names_and_figures_the_ground_of_the_page(root):

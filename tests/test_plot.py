@@ -13,6 +13,7 @@ from s3pet_nb.backbone import tiny
 from s3pet_nb.plot import (
     budget_frame,
     comparison_frame,
+    draw_mean_p,
     loss_frame,
     mean_p_frame,
     median_frame,
@@ -186,6 +187,53 @@ def test_a_mean_over_different_spaces_names_the_first_difference(tmp_path, space
     other = log_space(Run.create(tmp_path, "study", {"seed": 1}, ""), **space, p=p)
     with pytest.raises(ValueError, match=sentence):
         mean_p_frame([one, one, other])
+
+
+def test_a_mean_over_different_budgets_is_refused_and_over_heads_of_different_sizes_is_not(tmp_path):
+    runs = [make_run(tmp_path, budget=budget, seed=seed) for seed, budget in enumerate((4542, 4543, 9000))]
+    assert mean_p_frame(runs[:2]).attrs["runs"] == 2
+    with pytest.raises(ValueError, match="^p has different budgets: 4,542, 4,543, 9,000; choose runs of one$"):
+        mean_p_frame(runs)
+
+
+def test_a_mean_of_frames_is_that_of_their_runs(tmp_path):
+    runs = [make_run(tmp_path, seed=seed) for seed in range(2)]
+    frame = mean_p_frame([p_frame(run) for run in runs])
+    pd.testing.assert_frame_equal(frame, mean_p_frame(runs))
+    assert draw_mean_p(frame).to_json() == plot_mean_p(runs).to_json()
+
+
+def test_a_log_is_read_once_for_its_frame(run, monkeypatch):
+    read = []
+    monkeypatch.setattr(Run, "records", lambda run, records=Run.records: read.append(run) or records(run))
+    p_frame(run)
+    assert read == [run]
+
+
+LINK = "<a href=x>"
+
+
+def test_names_in_figures_are_text_and_never_links(tmp_path):
+    run = Run.create(tmp_path, "study", {}, "")
+    entry = {"name": f"{LINK}0", "stack": f"{LINK}1", "layer": 0, "role": f"{LINK}2", "kind": "linear",
+             "module": f"{LINK}3", "n": 16}
+    run.log({"event": "space", "candidates": [entry, entry | {"name": f"{LINK}(r={LINK})"}], "budget": 16})
+    run.log({"event": "gates", "phase": "search", "step": 1, "alpha": [0.0, 0.0], "p": [0.5, 0.5]})
+    for phase in "search", f"{LINK}4":
+        run.log({"event": "step", "phase": phase, "step": 1, "loss": 0.5, "loss_alpha": 0.5})
+        run.log({"event": "score", "phase": phase, "step": 1, "score": 0.5})
+    row = {"label": f"{LINK}5", "structure": f"{LINK}6", "n_params": 16, "test": 0.5, f"test/{LINK}7": 0.5,
+           "validation": 0.5}
+    kept = [{name: entry[name] for name in ("name", "stack", "layer", "role", "module")} | {"n": 4, "of": 16}]
+    run.save_result({"metric": f"{LINK}8", "n_backbone": 100, "rows": [row], "kept": kept, "budget": 4})
+    budgets = pd.DataFrame([{"budget": 16, "n_params": 16, "modules": 1, "gap": 0.0, "dropped": [f"{LINK}9"]}])
+    figures = {draw.__name__: draw(run) for draw in (plot_p, plot_share, plot_loss, plot_score, plot_comparison,
+                                                     plot_sizes)}
+    figures |= {"mean p": plot_mean_p([run, run]), "mean share": plot_share([run, run]),
+                "budgets": plot_budgets(budgets)}
+    for name, figure in figures.items():
+        shown = json.dumps(figure.to_plotly_json(), default=str)
+        assert "<a " not in shown and "&lt;a href=x&gt;" in shown, name
 
 
 def test_a_mean_over_no_run_is_refused():

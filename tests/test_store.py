@@ -217,6 +217,17 @@ def test_runs_has_a_row_for_each_finished_run(tmp_path):
     assert len(run_folders(tmp_path)) == 3
 
 
+def test_every_folder_with_a_part_of_a_run_is_found(tmp_path):
+    parts = {"a": "params.json", "b": "log.jsonl", "c": "structure.json", "d": "result.json", "e": "notes.txt"}
+    for name, file in parts.items():
+        (tmp_path / "study" / name).mkdir(parents=True)
+        (tmp_path / "study" / name / file).write_text("{}")
+    assert [run.id for run in run_folders(tmp_path)] == ["a", "b", "c", "d"]
+    assert run_folders(tmp_path / "none") == [] and run_folders(tmp_path / "none", "x") == []
+    with pytest.raises(UnknownName, match="did you mean 'study'"):
+        run_folders(tmp_path, "stady")
+
+
 def test_runs_of_nothing_and_of_an_unknown_study(tmp_path):
     assert runs(tmp_path / "nowhere").empty and list(runs(tmp_path).columns) == [
         "study",

@@ -1,4 +1,6 @@
-"Every tutorial runs with small numbers, leaves nothing beside itself, and ends with what it promises."
+"Every tutorial runs with small numbers, in a folder of tutorials alone, and ends with what it promises."
+import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -6,7 +8,8 @@ import pandas as pd
 import papermill
 import pytest
 
-from s3pet_nb.run import ThisPython
+from s3pet_nb.explore import Learned, run_frame
+from s3pet_nb.run import ThisPython, shipped
 from s3pet_nb.store import run_folders
 from s3pet_nb.structure import Structure
 
@@ -27,25 +30,29 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    "Executes a tutorial, once: its notebook, and the folder that it was given for its runs."
+    "Executes a tutorial, once, where only tutorials and their files are: its notebook, the folder of its runs."
     done = {}
 
     def of(name):
         if name not in done:
-            folder, path = tmp_path_factory.mktemp(name), TUTORIALS / f"{name}.ipynb"
-            given = SMALL[name] | ({"out": str(folder)} if "out" in papermill.inspect_notebook(path) else {})
-            before = set(TUTORIALS.rglob("*"))
-            done[name] = papermill.execute_notebook(
-                path, folder / "executed.ipynb", given, cwd=TUTORIALS, progress_bar=False,
+            folder = tmp_path_factory.mktemp(name)
+            for path in shipped("tutorials").values():
+                shutil.copyfile(path, folder / path.name)
+            before = {path.name for path in folder.iterdir()}
+            path = folder / f"{name}.ipynb"
+            left = {"reports"} if "out" in papermill.inspect_notebook(path) else set()
+            notebook = papermill.execute_notebook(
+                path, folder / "executed.ipynb", SMALL[name], cwd=folder, progress_bar=False,
                 kernel_name="python3", language="python", kernel_manager_class=ThisPython, start_timeout=180,
-                store_widget_state=False, coalesce_streams=True), folder
-            assert set(TUTORIALS.rglob("*")) == before
+                store_widget_state=False, coalesce_streams=True)
+            assert {path.name for path in folder.iterdir()} - before == {"executed.ipynb"} | left
+            done[name] = notebook, folder / "reports"
         return done[name]
     return of
 
 
 def outputs(notebook) -> list:
-    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
 
 
 def said(notebook) -> str:
@@ -76,7 +83,37 @@ def test_what_is_committed_was_run_with_the_defaults(name):
     tags = [tag for cell in notebook.cells for tag in cell.metadata.get("tags", [])]
     assert tags.count("parameters") == 1 and "injected-parameters" not in tags
     assert not [output for output in outputs(notebook) if output.output_type == "error"]
+    assert not [output for output in outputs(notebook)
+                if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
     assert said(notebook).strip()
+
+
+@pytest.mark.parametrize("name", ["01_first_search", "09_steer_a_search_live"])
+def test_the_last_word_of_a_monitor_is_on_the_last_step(name):
+    notebook = nbformat.read(TUTORIALS / f"{name}.ipynb", as_version=4)
+    steered = [said({"cells": [cell]}) for cell in notebook.cells if ".steer(" in cell.source]
+    assert steered
+    for shown in steered:
+        steps = re.search(r"SearchResult: ([\d,]+)", shown)[1]
+        last = re.findall(r"(?m)^run tutorials/.*$", shown)
+        assert last and all(f" step {steps} of " in line and " left" not in line for line in last)
+
+
+def test_the_structures_beside_the_tutorials_are_the_published_ones():
+    published = TUTORIALS.parent.parent / "reports" / "agreement"
+    for seed, run in enumerate(("dd7e53b1bb", "d46c1c7a8b")):
+        own = (TUTORIALS / f"agreement-seed-{seed}.json").read_bytes()
+        assert own == (published / run / "structure.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["01_first_search", "03_choose_a_budget", "04_transfer_a_structure",
+                                  "08_your_own_task", "09_steer_a_search_live"])
+def test_the_explorer_takes_what_a_tutorial_leaves_for_finished_and_whole(executed, name):
+    runs = run_folders(executed(name)[1])
+    assert set(run_frame(runs).state) == {"done"} and set(run_frame(runs).missing) == {""}
+    for run in runs:
+        assert Learned.of(run).note == "" and run.structure["modules"]
+        assert "started" not in run.params, "the time parts runs of one question"
 
 
 def test_a_first_search(executed):
@@ -104,13 +141,17 @@ def test_choose_a_budget(executed):
     notebook, folder = executed("03_choose_a_budget")
     (run,) = run_folders(folder)
     assert phases(run) == ["search", "budget 5e-05", "budget 0.0002", "budget 0.0008"]
-    assert figures(notebook) == 2 and "last in" in said(notebook)
+    assert [row["label"] for row in run.result["rows"]] == phases(run)[1:]
+    shown = said(notebook)
+    assert figures(notebook) == 3 and "last in" in shown and "Next in: encoder." in shown
+    assert "under a budget of 4,542. Last in: " in " ".join(shown.split()) and "Explorer of 1 runs" in shown
 
 
 def test_transfer_a_structure(executed):
     notebook, folder = executed("04_transfer_a_structure")
     (run,) = run_folders(folder)
     assert phases(run) == ["search", "transferred", "searched", "random-1"]
+    assert [row["label"] for row in run.result["rows"]] == phases(run)[1:]
     assert "found on agreement, under a budget of 4,542" in said(notebook)
     assert "has no place of its size" in said(notebook)
 
@@ -151,6 +192,7 @@ def test_your_own_task(executed):
     shown = said(notebook)
     assert "texts ('subject', 'message', 'agent')" in shown and "texts ('subject', 'message')," in shown
     assert "f1-macro" in shown and phases(run) == ["search", "searched"]
+    assert "s3pet search --task reports/tickets_without_agent.csv --steps" in shown
 
 
 def test_steer_a_search_live(executed):
@@ -162,6 +204,6 @@ def test_steer_a_search_live(executed):
     steps = [record["step"] for record in stopped.records() if record["event"] == "step"]
     assert steps == list(range(1, steps[-1] + 1)) and small["stop_at"] <= steps[-1] < small["steps"]
     assert max(record["step"] for record in whole.records()) == small["steps"]
-    assert stopped.checkpoint("search").exists() and stopped.done and whole.done
+    assert stopped.checkpoint("search").exists() and whole.checkpoint("search").exists()
     assert Structure.load(stopped.folder / "structure.json").n_params <= stopped.result["budget"]
     assert figures(notebook) == 5

@@ -66,7 +66,7 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
 def test_templates_and_studies_travel_in_the_wheel(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     for source, target, pattern in (("experiments", "templates", "*.ipynb"), ("studies", "studies", "*.yml"),
-                                    ("tutorials", "tutorials", "*.ipynb")):
+                                    ("tutorials", "tutorials", "*.ipynb"), ("tutorials", "tutorials", "*.json")):
         names = [path.name for path in (ROOT / "nbs" / source).glob(pattern)]
         assert names and {f"s3pet_nb/{target}/{name}" for name in names} <= inside
     for module in (ROOT / "s3pet_nb").glob("*.py"):
@@ -79,6 +79,15 @@ def test_the_library_comes_from_the_wheel(environment, elsewhere):
     home = call(environment / "bin" / "python", "-c", "import s3pet_nb; print(s3pet_nb.__file__)").strip()
     assert Path(home).is_relative_to(environment)
     assert "demo" in call(environment / "bin" / "s3pet", "--help")
+
+
+def test_the_tutorials_come_with_the_files_that_they_read(environment, elsewhere):
+    shown = call(environment / "bin" / "python", "-c",
+                 "from s3pet_nb.run import shipped; print(*shipped('tutorials').values(), sep='\\n')")
+    found = [Path(line) for line in shown.splitlines()]
+    assert all(path.is_relative_to(environment) for path in found)
+    there = {path.name for pattern in ("*.ipynb", "*.json") for path in (ROOT / "nbs" / "tutorials").glob(pattern)}
+    assert {path.name for path in found} == there > {"01_first_search.ipynb", "agreement-seed-0.json"}
 
 
 def test_search_runs_from_any_folder(environment, elsewhere):

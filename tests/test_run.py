@@ -102,6 +102,13 @@ def test_a_study_file(tmp_path, measure):
     assert study(path) == Study("mine", str(measure), {"share": 0.25}, {"seed": [0, 1]})
 
 
+def test_a_study_shows_its_questions_as_text():
+    asked = Study("<b>mine", "search", {"task": "<i>agreement"}, {"seed": [0, 1], "budget": [1e-3, 2e-3, 4e-3]})
+    shown = asked._repr_html_()
+    assert len(asked) == 6 and "runs: 6" in shown and "each of 0.001, 0.002, 0.004" in shown
+    assert "&lt;b&gt;mine" in shown and "&lt;i&gt;agreement" in shown and "<i>" not in shown
+
+
 @pytest.mark.parametrize("text, sentence", [
     ("params: {seed: 1}", "names no template"),
     ("- 1", "names no template"),

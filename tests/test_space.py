@@ -305,6 +305,21 @@ def test_another_gate_may_be_set_and_decides_what_is_expected():
         assert torch.equal(gated.gates, gated.z.float())
 
 
+def test_spaces_and_gated_models_show_their_modules_and_sizes():
+    model = tiny("bert")
+    space = make_space(model)
+    shown = space._repr_html_()
+    assert f"{space.n_params:,}" in shown and all(name in shown for name in space.summary().index)
+    with attach(model, space) as gated, torch.no_grad():
+        gated.meet(space.n_params // 3)
+        shown, p = gated._repr_html_(), gated.p
+        assert repr(gated) in shown and f"zeta = {gated.zeta:.3f}" in shown
+        for module in {candidate.module for candidate in space.candidates}:
+            those = torch.tensor([candidate.module == module for candidate in space.candidates])
+            for number in f"{int(those.sum())}", f"{p[those].mean():.3f}", f"{(p * space.n)[those].sum():,.0f}":
+                assert f">{number}</td>" in shown
+
+
 def test_ranks_at_one_position_are_candidates_of_their_own_and_add_up():
     model = tiny("bert")
     batch = example_batch(model)

@@ -442,9 +442,9 @@ class Pace:
 
     def __init__(self,
                  least: float = 0.25,  # seconds between two redraws
-                 share: float = 0.02,  # of the time of all cores
+                 share: float = 0.02,  # of the time
                  ):
-        self.least, self.share, self.next, self.cores = least, share, -math.inf, os.cpu_count() or 1
+        self.least, self.share, self.next = least, share, -math.inf
 
     def due(self,
             now: float,  # seconds on any clock
@@ -454,10 +454,10 @@ class Pace:
 
     def drawn(self,
               now: float,
-              cost: float,  # seconds for which the redraw kept a core busy
+              cost: float,  # seconds of computing that the redraw took
               ) -> None:
         "Count a redraw."
-        self.next = now + max(self.least, cost / self.cores / self.share)
+        self.next = now + max(self.least, 2 * cost / self.share)
 
 # %% ../nbs/api/23_live.ipynb #23-live-028
 DRAW = """

@@ -864,6 +864,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 's3pet_nb.store.Run.__init__': ('api/store.html#run.__init__', 's3pet_nb/store.py'),
                                 's3pet_nb.store.Run.__repr__': ('api/store.html#run.__repr__', 's3pet_nb/store.py'),
                                 's3pet_nb.store.Run._repr_html_': ('api/store.html#run._repr_html_', 's3pet_nb/store.py'),
+                                's3pet_nb.store.Run.begin': ('api/store.html#run.begin', 's3pet_nb/store.py'),
                                 's3pet_nb.store.Run.checkpoint': ('api/store.html#run.checkpoint', 's3pet_nb/store.py'),
                                 's3pet_nb.store.Run.create': ('api/store.html#run.create', 's3pet_nb/store.py'),
                                 's3pet_nb.store.Run.done': ('api/store.html#run.done', 's3pet_nb/store.py'),

@@ -134,7 +134,17 @@ class Run:
                code: str,  # text of the template's cells
                ) -> "Run":
         "The run of this question: new, finished, or one that stopped and can go on from its checkpoints."
-        folder = Path(root) / _plain_name("study", study) / run_id(params, code)
+        return cls.begin(root, study, run_id(params, code), params)
+
+    @classmethod
+    def begin(cls,
+              root: str | os.PathLike,  # as in `create`
+              study: str,  # likewise
+              id: str,  # the name of the run
+              params: Mapping,  # as in `create`
+              ) -> "Run":
+        "The run of this name, as `create` gives it."
+        folder = Path(root) / _plain_name("study", study) / _plain_name("run", id)
         folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder)
         if run.done:

@@ -13,6 +13,7 @@
 - `s3pet_nb.gate`: From structural parameters to activation probabilities and gate samples: alpha, p, z
 - `s3pet_nb.learner`: One training loop for searching and for training; what watches it, and what brings it back
 - `s3pet_nb.live`: A run that is watched while it goes on, and steered
+- `s3pet_nb.lock`: A run has one owner at a time: a lock with a heartbeat, taken over when its owner is dead
 - `s3pet_nb.pet`: PET modules under the unified view: a change Delta, gated by z
 - `s3pet_nb.plot`: What a run's log shows: a frame of numbers, and a figure of that frame
 - `s3pet_nb.protocol`: How a paper trains and scores, by name

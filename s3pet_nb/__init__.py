@@ -27,6 +27,7 @@
 - `s3pet_nb.structure`: What a search finds: a set of modules within the budget, as a small file that diffs well
 - `s3pet_nb.study`: What is asked: templates with parameters, and studies, which are grids of them
 - `s3pet_nb.task`: GLUE, SuperGLUE, the project's own agreement task, or rows of yours: splits, labels, metrics
+- `s3pet_nb.track`: The numbers of a run, also in MLflow or Weights & Biases
 - `s3pet_nb.train`: Train a structure from new weights, and what it is compared with"""
 
 __version__ = "0.1.0"

@@ -19,6 +19,7 @@
 - `s3pet_nb.protocol`: How a paper trains and scores, by name
 - `s3pet_nb.prune`: Prune-search: train everything once, score every parameter on the way, keep what the budget pays for
 - `s3pet_nb.report`: One page per run that draws without a network, and an index of all pages
+- `s3pet_nb.results`: What a study found: scores over seeds, paired differences, ranks and the papers' tables
 - `s3pet_nb.rows`: Rows of text: read from files or the hub, checked, compared and split
 - `s3pet_nb.run`: Execute a template notebook into a run folder: one run, or a grid of runs in order
 - `s3pet_nb.search`: S3PET: which modules deserve the budget, learned by gradient

@@ -18,14 +18,18 @@ them."""
 # %% auto #0
 __all__ = ['PLOTLY', 'WIDGET', 'SCRIPT', 'ERROR_TAG', 'OPTIONS', 'GIVEN', 'STYLE', 'TEMPLATE', 'URLS', 'REMOVED', 'FILES',
            'ASKED', 'figure_html', 'static_output', 'failure', 'static_notebook', 'command', 'stopped_early',
-           'stopped_by_hand', 'facts', 'title', 'head_html', 'page', 'report', 'score_texts', 'index_frame', 'index']
+           'stopped_by_hand', 'facts', 'title', 'head_html', 'page', 'report', 'score_texts', 'index_frame',
+           'studies_frame', 'index']
 
 # %% ../nbs/api/24_report.ipynb #24-report-003
 import html
+import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 import jinja2
 import nbformat
@@ -38,9 +42,9 @@ from plotly.offline import get_plotlyjs
 from traitlets.config import Config
 
 from .core import write_text
-from .plot import comparison_frame, structure_kind
-from .run import resolve, study
+from .plot import structure_kind
 from .store import Run, run_folders
+from .study import resolve, study
 
 # %% ../nbs/api/24_report.ipynb #24-report-008
 PLOTLY, WIDGET, SCRIPT = ("application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json",
@@ -145,7 +149,7 @@ def stopped_by_hand(
 
 
 def _criterion(params: Mapping) -> str | None:
-    if "criterion" not in params:
+    if not {"criterion", "average_over"} <= params.keys():
         return None
     last = params["average_over"]
     return params["criterion"] + {0: ", mean over all steps", 1: " at the end of training"}.get(
@@ -164,7 +168,7 @@ def _protocol(params: Mapping) -> str | None:
 
 
 def _pruned(params: Mapping) -> str | None:
-    if "granularity" not in params:
+    if not {"granularity", "rounds"} <= params.keys():
         return None
     rounds = params["rounds"]
     return f"{params['granularity']}, in {'one round' if rounds == 1 else f'{rounds} rounds'}"
@@ -342,8 +346,9 @@ def score_texts(
     result: Mapping,
 ) -> dict[str, str]:
     "Test score of each kind of structure; for several of a kind their mean, range and number."
-    frame = comparison_frame(result)
-    texts = {}
+    frame, texts = pd.DataFrame(result.get("rows") or []), {}
+    if not {"label", "test"} <= set(frame):
+        return texts
     for kind, scores in frame.groupby(frame.label.map(structure_kind), sort=False).test:
         spread = f" ({scores.min():.3f} to {scores.max():.3f}, {len(scores)})" if len(scores) > 1 else ""
         texts[kind] = f"{scores.mean():.3f}{spread}"
@@ -367,23 +372,54 @@ def index_frame(
     return pd.DataFrame(table, columns=None if table else ["Study", "Run", *ASKED]).fillna("")
 
 
+def studies_frame(
+    root: str | os.PathLike,  # folder of all studies
+) -> pd.DataFrame:  # name, title, asked, done; page, whether there is one
+    "One row per study.json: how many runs it asks for, and how many of its folder's are done."
+    table, finished = [], Counter(run.study for run in run_folders(root) if run.done)
+    for path in sorted(Path(root).glob("*/study.json")):
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            folder = told.get("folder") or path.parent.name
+            table.append({"name": path.parent.name, "title": str(told.get("title") or ""),
+                          "asked": int(told["asked"]), "page": (path.parent / "index.html").is_file(),
+                          "done": finished[folder]})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # another program's file, or one that was cut off
+    return pd.DataFrame(table, columns=["name", "title", "asked", "done", "page"])
+
+
+def _plain_table(heading: str, names: Iterable[str], rows: list[list[str]]) -> str:
+    "A heading and a table of HTML cells; nothing without rows."
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<h2>{heading}</h2><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+
+
+def _link(path: str, text: str) -> str:
+    return f'<a href="{html.escape(quote(path))}">{html.escape(text)}</a>'
+
+
 def index(
     root: str | os.PathLike,  # folder of all studies, for example "reports"; it exists
 ) -> Path:  # of index.html in it
-    "Write the page that lists every report under `root`, and give back its path."
+    "Write the page that lists every study and every report under `root`, and give back its path."
+    studies = [[_link(f"{row.name}/index.html", row.name) if row.page else html.escape(row.name),
+                html.escape(row.title), f"{row.done:,} of {row.asked:,}"]
+               for row in studies_frame(root).itertuples(index=False)]
     frame = index_frame(root)
     rows = [[html.escape(str(value)) for value in row] for row in frame.itertuples(index=False)]
-    for row in rows:
-        row[1] = f'<a href="{row[0]}/{row[1]}/report.html">{row[1]}</a>'
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in frame)
-    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    for row, folder, run in zip(rows, frame.Study, frame.Run):
+        row[1] = _link(f"{folder}/{run}/report.html", run)
+    tables = (_plain_table("Studies", ["Study", "Title", "Runs done"], studies)
+              + _plain_table("Runs", frame, rows)) or "<p>There is no study and no report yet.</p>"
     write_text(Path(root) / "index.html", f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Reports</title><style>{STYLE}</style></head>
 <body class="index"><header><p class="kind">Structure search</p><h1>Reports</h1></header>
-<main><table><thead><tr>{head}</tr></thead><tbody>
-{body}
-</tbody></table></main><footer>Scores are on the test rows.</footer></body></html>
+<main>{tables}</main><footer>Scores are on the test rows.</footer></body></html>
 """)
     return Path(root) / "index.html"

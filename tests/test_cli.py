@@ -6,12 +6,13 @@ import sys
 import nbformat
 import pytest
 import typer
+from templates import RESULT, write_template
 from typer.testing import CliRunner
 
 from s3pet_nb.backbone import blueprint, tiny
 from s3pet_nb.cli import app, assignments, check, closing_table, one_sentence
-from s3pet_nb.run import resolve
 from s3pet_nb.space import make_space
+from s3pet_nb.study import resolve
 from s3pet_nb.train import random_structure
 
 S3PET = [sys.executable, "-c", "from s3pet_nb.cli import main; main()"]
@@ -56,7 +57,7 @@ Run(run_folder).save_result({{"task": task, "metric": "accuracy", "budget": 4542
     for name, template in {"demo": "search", "search": "search", "prune": "prune"}.items():
         (package / "studies" / f"{name}.yml").write_text(
             f"template: {template}\nparams: {{search_steps: 5}}\n")
-    monkeypatch.setattr("s3pet_nb.run.PACKAGE", package)
+    monkeypatch.setattr("s3pet_nb.study.PACKAGE", package)
     monkeypatch.setattr("s3pet_nb.cli.CHECKS", {})  # they ask for what these templates lack
 
 
@@ -262,7 +263,7 @@ def test_a_command_that_cannot_be_read_ends_with_usage(invoke, words):
 def test_demo_lays_options_over_its_study_and_shows_what_came_out(tiny_template, invoke, tmp_path):
     ended = invoke("demo", "--seed", "3", "--set", "lr=0.5")
     assert ended.exit_code == 0, ended.stderr
-    (folder,) = (tmp_path / "reports" / "demo").iterdir()
+    (folder,) = (tmp_path / "reports" / "demo").glob("[!.]*")
     result = json.loads((folder / "result.json").read_text())
     assert (result["seed"], result["steps"], result["lr"]) == (3, 5, 0.5)
     assert "searched" in ended.stdout and "4,540" in ended.stdout and "0.7500" in ended.stdout
@@ -286,7 +287,7 @@ def test_search_passes_its_options_on(tiny_template, invoke, tmp_path):
                    "--seed", "2", "--data-dir", "data", "--space", "lora", "--gate", "local",
                    "--order", "first", "--steps", "6", "--retrain-steps", "7", "--out", "out")
     assert ended.exit_code == 0, ended.stderr
-    (folder,) = (tmp_path / "out" / "search").iterdir()
+    (folder,) = (tmp_path / "out" / "search").glob("[!.]*")
     asked = json.loads((folder / "params.json").read_text())
     assert asked == {"task": "glue/cola", "backbone": "some/model", "data_dir": str(tmp_path / "data"),
                      "space": "lora", "budget": 25670.0, "gate": "local", "order": "first", "seed": 2,
@@ -300,7 +301,7 @@ def test_prune_passes_its_options_on(tiny_template, invoke, tmp_path):
                    "--criterion", "fisher", "--steps", "0", "--retrain-steps", "7", "--out", "out",
                    "--set", "rounds=3")
     assert ended.exit_code == 0, ended.stderr
-    (folder,) = (tmp_path / "out" / "prune").iterdir()
+    (folder,) = (tmp_path / "out" / "prune").glob("[!.]*")
     asked = json.loads((folder / "params.json").read_text())
     given = {"task": "glue/cola", "backbone": "some/model", "data_dir": str(tmp_path / "data"),
              "space": "mam", "budget": 25_000.0, "granularity": "unstructured", "criterion": "fisher",
@@ -311,7 +312,7 @@ def test_prune_passes_its_options_on(tiny_template, invoke, tmp_path):
 
 def test_a_failing_template_is_one_sentence_with_its_notebook(tiny_template, invoke, tmp_path):
     ended = invoke("demo", "--set", "search_steps=13")
-    (folder,) = (tmp_path / "reports" / "demo").iterdir()
+    (folder,) = (tmp_path / "reports" / "demo").glob("[!.]*")
     assert ended.exit_code == 1 and not (folder / "result.json").exists()
     where = folder.relative_to(tmp_path) / "run.ipynb"
     assert ended.stderr == f"error: FloatingPointError: the loss is NaN at step 13; lower lr (see {where})\n"
@@ -321,7 +322,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_its_log(invoke, tmp_
     short = ["search_lr=1e30", "n_train=32", "n_eval=16", "batch_size=8", "evaluate_every=1"]
     ended = invoke("search", "--task", "agreement", "--budget", "2e-4", "--steps", "4",
                    *[word for setting in short for word in ("--set", setting)])
-    (folder,) = (tmp_path / "reports" / "search").iterdir()
+    (folder,) = (tmp_path / "reports" / "search").glob("[!.]*")
     assert ended.exit_code == 1 and "Traceback" not in ended.stderr
     assert "search stopped at step" in ended.stderr.splitlines()[-1]
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -364,3 +365,62 @@ def test_help_fits_eighty_columns_and_names_every_option(monkeypatch, command, o
     for name in ("task", "backbone", "budget", "seed", "data-dir", "space", *own, "steps", "retrain-steps",
                  "out", "set"):
         assert f"--{name}" in shown
+
+
+def written_study(tmp_path, *cells, seeds="[0, 1]"):
+    "A study file of a template that writes its seed down."
+    path = write_template(tmp_path / "count.ipynb", *cells, RESULT)
+    (tmp_path / "mine.yml").write_text(f"template: {path}\ntitle: <b>Mine\nseeds: {seeds}\n")
+    return str(tmp_path / "mine.yml")
+
+
+def test_a_dry_run_lists_the_runs_and_leaves_nothing(invoke, tmp_path):
+    path = written_study(tmp_path)
+    ended = invoke("study", path, "--dry-run")
+    assert ended.exit_code == 0 and not (tmp_path / "reports").exists()
+    assert ended.stdout.count("waiting") == 2 and "2 runs: 0 done, 2 to run, time unknown" in ended.stdout
+
+
+def test_a_study_is_run_told_and_told_again(invoke, tmp_path):
+    path = written_study(tmp_path, "assert seed == 0, 'no other seed'")
+    ended = invoke("study", path, "--retries", "0")
+    assert ended.exit_code == 1 and "1 of 2 runs are done, 0 of them were before" in ended.stdout
+    assert "AssertionError: no other seed" in ended.stderr and "1 of 2 runs of study 'mine' have no result" in ended.stderr
+    page = tmp_path / "reports" / "mine" / "index.html"
+    assert "&lt;b&gt;Mine" in page.read_text() and "<b>Mine" not in page.read_text()
+    assert "mine/index.html" in (tmp_path / "reports" / "index.html").read_text()
+
+    ended = invoke("study", path, "--only", "seed=0", "--dry-run")
+    assert "1 runs: 1 done, 0 to run" in ended.stdout
+    page.unlink()
+    ended = invoke("report", "reports/mine")
+    assert ended.exit_code == 0 and page.exists()
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--set", "sede=1"], "unknown count parameter 'sede'; did you mean 'seed'"),
+    (["--only", "seed=7"], "no run of study 'mine' is seed=7"),
+    (["--slots", "0"], "slots is 0; give at least 1"),
+    (["--backend", "slurm"], "unknown backend 'slurm'"),
+    (["--address", "auto"], "give --backend ray"),
+    (["--retries", "-1"], "retries is -1"),
+])
+def test_a_study_that_cannot_be_run_is_one_sentence(invoke, tmp_path, words, sentence):
+    ended = invoke("study", written_study(tmp_path), *words)
+    assert ended.exit_code == 1 and sentence in ended.stderr and "Traceback" not in ended.stderr
+    assert not (tmp_path / "reports").exists()
+
+
+def test_all_that_is_wrong_with_a_study_has_a_line_of_its_own(invoke, tmp_path):
+    (tmp_path / "mine.yml").write_text("template: search\nparams: {spice: mix, budget: 2e-4}\ngrid: {gate: []}\n")
+    ended = invoke("study", "mine.yml")
+    assert ended.exit_code == 1 and ended.stderr.startswith("error: study 'mine' has 3 faults:\n- ")
+    assert ended.stderr.count("\n- ") == 3
+
+
+def test_what_only_a_look_at_backbone_and_rows_can_tell_is_told_of_all_runs_before_any(invoke, tmp_path):
+    (tmp_path / "mine.yml").write_text(
+        "template: search\ngrid: {gate: [global, lokal], budget: [2.0e-4, 1.0e-9]}\nseeds: [0, 1]\n")
+    ended = invoke("study", "mine.yml")
+    assert ended.exit_code == 1 and not (tmp_path / "reports").exists()
+    assert "did you mean 'local'" in ended.stderr and ended.stderr.count("\n- ") == 2

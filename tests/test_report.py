@@ -248,6 +248,38 @@ def test_index_lists_reports_with_scores_and_links(run, stopped):
     assert "http" not in text and text.count("<tr>") == 3
 
 
+def test_index_lists_studies_before_runs(tmp_path):
+    run = make_run(tmp_path, study="whole", steps=6)
+    make_run(tmp_path, study="whole", steps=6, seed=1, finished=False)
+    (run.folder / "report.html").write_text("a page")
+    told = {"whole": {"title": EVIL, "asked": 1200}, "part": {"title": "", "asked": 3, "folder": "whole"},
+            "begun": {"title": "Nothing yet", "asked": 2}, "torn": None, "other": {"asked": "many"}}
+    for name, study in told.items():
+        (tmp_path / name).mkdir(exist_ok=True)
+        text = json.dumps({"name": name} | (study or {}))
+        (tmp_path / name / "study.json").write_text(text if study else text[:5])
+    (tmp_path / "whole" / "index.html").write_text("a page")
+    text = index(tmp_path).read_text()
+    rows = re.findall("<tr>(<td>.*)</tr>", text)
+    assert rows[:3] == ["<td>begun</td><td>Nothing yet</td><td>0 of 2</td>",
+                        "<td>part</td><td></td><td>1 of 3</td>",
+                        '<td><a href="whole/index.html">whole</a></td>'
+                        "<td>&lt;script&gt;alert(1)&lt;/script&gt;</td><td>1 of 1,200</td>"]
+    assert len(rows) == 4 and f'<a href="whole/{run.id}/report.html">' in rows[3]
+    assert text.index("<h2>Studies</h2>") < text.index("<h2>Runs</h2>") and EVIL not in text
+
+
+def test_index_of_an_empty_folder_says_so(tmp_path):
+    text = index(tmp_path).read_text()
+    assert "There is no study and no report yet." in text and "<table" not in text
+
+
+def test_index_survives_parameters_of_a_template_of_ones_own(tmp_path):
+    run = Run.create(tmp_path, "own", {"criterion": "mine", "granularity": "coarse"}, "code")
+    (run.folder / "report.html").write_text("a page")
+    assert run.id in index(tmp_path).read_text()
+
+
 def visit(browser, path, width=1200, **settings):
     "The open page, the addresses it asked for and everything it complained of."
     page = browser.new_page(viewport={"width": width, "height": 900}, **settings)

@@ -1,4 +1,4 @@
-"Templates, their parameters, one run and a grid of runs."
+"One run: its account, its failures, and how it goes on."
 import json
 import os
 import sys
@@ -6,132 +6,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from templates import PARAMETERS, RESULT, STORE, write_template
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.run import RunFailed, Study, execute, expand, kernel_environment, parameters, resolve, run_grid
-from s3pet_nb.run import shipped, study, template
-
-PARAMETERS = """\
-run_folder = ""
-seed = 0
-share: float = 0.5  # of the whole
-flag = False
-data_dir = None
-task = "easy"
-"""
-STORE = "from s3pet_nb.store import Run\n"
-RESULT = STORE + 'Run(run_folder).save_result({"task": task, "sum": share + seed})'
-
-
-def write_template(path, *cells, parameters=PARAMETERS, kernel="python3"):
-    head = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
-    notebook = nbformat.v4.new_notebook(cells=[head, *map(nbformat.v4.new_code_cell, cells)])
-    notebook.metadata.kernelspec = {"name": kernel, "language": "python", "display_name": kernel}
-    nbformat.write(notebook, path)
-    return path
+from s3pet_nb.run import RunFailed, execute, kernel_environment
 
 
 @pytest.fixture
 def measure(tmp_path):
     return write_template(tmp_path / "measure.ipynb", RESULT)
-
-
-def test_defaults_are_read_without_running_the_cell(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    plain = 'run_folder = ""\nlist_of = [1, -2.5, "a"]\nnothing = None\n'
-    assert parameters(write_template(tmp_path / "plain.ipynb", parameters=plain)) == {
-        "list_of": [1, -2.5, "a"], "nothing": None}
-    call = 'run_folder = ""\nnow = open("made", "w")\n'
-    called = write_template(tmp_path / "called.ipynb", parameters=call)
-    with pytest.raises(ValueError, match="default of 'now'"):
-        parameters(called)
-    assert not Path("made").exists()
-
-
-def test_a_template_without_run_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no parameter 'run_folder'"):
-        parameters(write_template(tmp_path / "t.ipynb", parameters="seed = 0\n"))
-
-
-def test_resolve_fills_in_defaults_and_makes_whole_numbers_floats(measure, tmp_path):
-    resolved = resolve(measure, {"share": 1, "data_dir": tmp_path})
-    assert resolved == {"seed": 0, "share": 1.0, "flag": False, "data_dir": str(tmp_path), "task": "easy"}
-    assert type(resolved["share"]) is float
-
-
-@pytest.mark.parametrize("given, sentence", [
-    ({"sede": 1}, "did you mean 'seed'"),
-    ({"run_folder": "x"}, "unknown measure parameter 'run_folder'"),
-    ({"seed": 0.5}, "seed is 0.5, of type float; give int"),
-    ({"seed": True}, "seed is True, of type bool; give int"),
-    ({"share": "2e-4"}, "share is '2e-4', of type str; give float"),
-    ({"share": float("nan")}, "give a finite number"),
-    ({"flag": 1}, "flag is 1, of type int; give bool"),
-    ({"task": None}, "task is None"),
-])
-def test_what_a_template_cannot_be_asked_is_refused(measure, given, sentence):
-    with pytest.raises((UnknownName, ValueError), match=sentence):
-        resolve(measure, given)
-
-
-def test_unknown_templates_and_studies(tmp_path):
-    with pytest.raises(UnknownName, match="unknown study 'dmeo'; did you mean 'demo'"):
-        study("dmeo")
-    with pytest.raises(UnknownName, match="unknown template 'serch'"):
-        template("serch")
-    with pytest.raises(FileNotFoundError, match="gone.ipynb"):
-        template(tmp_path / "gone.ipynb")
-
-
-def test_every_shipped_study_can_be_asked_of_its_template():
-    assert {"demo", "search"} <= set(shipped("studies"))
-    for name in shipped("studies"):
-        found = study(name)
-        assert set(resolve(found.template, found.params)) == set(parameters(found.template))
-
-
-def test_every_shipped_template_takes_a_run_folder():
-    assert "search" in shipped("templates")
-    for name in shipped("templates"):
-        assert "seed" in parameters(name)
-
-
-def test_a_study_file(tmp_path, measure):
-    path = tmp_path / "mine.yml"
-    path.write_text(f"template: {measure}\nparams: {{share: 0.25}}\ngrid: {{seed: [0, 1]}}\n")
-    assert study(path) == Study("mine", str(measure), {"share": 0.25}, {"seed": [0, 1]})
-
-
-def test_a_study_shows_its_questions_as_text():
-    asked = Study("<b>mine", "search", {"task": "<i>agreement"}, {"seed": [0, 1], "budget": [1e-3, 2e-3, 4e-3]})
-    shown = asked._repr_html_()
-    assert len(asked) == 6 and "runs: 6" in shown and "each of 0.001, 0.002, 0.004" in shown
-    assert "&lt;b&gt;mine" in shown and "&lt;i&gt;agreement" in shown and "<i>" not in shown
-
-
-@pytest.mark.parametrize("text, sentence", [
-    ("params: {seed: 1}", "names no template"),
-    ("- 1", "names no template"),
-    ("template: [", "is not YAML"),
-    ("template: MEASURE\nparam: {seed: 1}", "did you mean 'params'"),
-    ("template: MEASURE\nparams: {sede: 1}", "did you mean 'seed'"),
-    ("template: MEASURE\nparams: {share: 2e-4}", "share is '2e-4'"),
-    ("template: MEASURE\ngrid: {seed: 3}", "give a list"),
-    ("template: MEASURE\ngrid: {seed: [0, x]}", "seed is 'x'"),
-])
-def test_a_study_that_cannot_be_asked_is_refused(tmp_path, measure, text, sentence):
-    path = tmp_path / "bad.yml"
-    path.write_text(text.replace("MEASURE", str(measure)))
-    with pytest.raises((UnknownName, ValueError), match=sentence):
-        study(path)
-
-
-def test_expand_is_nested_loops():
-    assert expand({}) == [{}]
-    points = expand({"a": [1, 2], "b": [3, 4]})
-    assert [(point["a"], point["b"]) for point in points] == [(1, 3), (1, 4), (2, 3), (2, 4)]
-    with pytest.raises(ValueError, match="give a list"):
-        expand({"a": []})
 
 
 def test_one_run_leaves_its_account_and_is_not_run_twice(tmp_path, measure):
@@ -207,19 +90,6 @@ def test_a_killed_kernel_and_a_missing_result_are_failures(tmp_path):
         execute(write_template(tmp_path / "silent.ipynb", "1"), {}, tmp_path / "reports", "s")
 
 
-def test_a_grid_goes_on_after_a_failure_in_order(tmp_path):
-    fragile = write_template(tmp_path / "fragile.ipynb", "assert seed != 0, 'no zero'", RESULT)
-    outcomes = run_grid(fragile, {"share": 1.0}, {"seed": [1, 0, 2]}, tmp_path / "reports", "s")
-    assert isinstance(outcomes[1], RunFailed) and "no zero" in str(outcomes[1])
-    assert [outcomes[0].result["sum"], outcomes[2].result["sum"]] == [2.0, 3.0]
-
-
-def test_a_grid_is_checked_before_its_first_run(tmp_path, measure):
-    with pytest.raises(ValueError, match="seed is 'x'"):
-        run_grid(measure, {}, {"seed": [0, "x"]}, tmp_path / "reports", "s")
-    assert not (tmp_path / "reports").exists()
-
-
 def test_the_kernel_is_this_python_whatever_python3_means_elsewhere(tmp_path, monkeypatch):
     "A user's own python3 kernel and a template saved with an unknown kernel name change nothing."
     impostor = tmp_path / "jupyter" / "kernels" / "python3"
@@ -266,14 +136,6 @@ def test_relative_paths_mean_the_callers_folder(tmp_path, monkeypatch):
     write_template(tmp_path / "where.ipynb", "import os\n" + STORE + answer)
     run = execute("where.ipynb", {}, "reports", "s")
     assert run.result["cwd"] == os.getcwd() == str(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["template: 5", "template: MEASURE\nparams: [1]", "template: MEASURE\ngrid: [1]"])
-def test_a_file_of_other_shapes_is_no_study(tmp_path, measure, text):
-    path = tmp_path / "odd.yml"
-    path.write_text(text.replace("MEASURE", str(measure)))
-    with pytest.raises(ValueError, match="is no study"):
-        study(path)
 
 
 COUNTING = """\

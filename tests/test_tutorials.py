@@ -9,7 +9,8 @@ import papermill
 import pytest
 
 from s3pet_nb.explore import Learned, run_frame
-from s3pet_nb.run import ThisPython, shipped
+from s3pet_nb.run import ThisPython
+from s3pet_nb.study import shipped
 from s3pet_nb.store import run_folders
 from s3pet_nb.structure import Structure
 

@@ -83,7 +83,7 @@ def test_the_library_comes_from_the_wheel(environment, elsewhere):
 
 def test_the_tutorials_come_with_the_files_that_they_read(environment, elsewhere):
     shown = call(environment / "bin" / "python", "-c",
-                 "from s3pet_nb.run import shipped; print(*shipped('tutorials').values(), sep='\\n')")
+                 "from s3pet_nb.study import shipped; print(*shipped('tutorials').values(), sep='\\n')")
     found = [Path(line) for line in shown.splitlines()]
     assert all(path.is_relative_to(environment) for path in found)
     there = {path.name for pattern in ("*.ipynb", "*.json") for path in (ROOT / "nbs" / "tutorials").glob(pattern)}
@@ -96,7 +96,7 @@ def test_search_runs_from_any_folder(environment, elsewhere):
                    "--budget", "2e-4", "--seed", "1", "--steps", "4", "--retrain-steps", "4",
                    *[word for setting in smoke for word in ("--set", setting)],
                    env={**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"})
-    (folder,) = (elsewhere / "reports" / "search").iterdir()
+    (folder,) = (elsewhere / "reports" / "search").glob("[!.]*")
     assert {"params.json", "log.jsonl", "structure.json", "result.json", "run.ipynb", "report.html"} <= {
         path.name for path in folder.iterdir()}
     result = json.loads((folder / "result.json").read_text())

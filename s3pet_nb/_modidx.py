@@ -758,6 +758,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 's3pet_nb.prune.random_units': ('api/prune.html#random_units', 's3pet_nb/prune.py'),
                                 's3pet_nb.prune.spread': ('api/prune.html#spread', 's3pet_nb/prune.py')},
             's3pet_nb.report': { 's3pet_nb.report._criterion': ('api/report.html#_criterion', 's3pet_nb/report.py'),
+                                 's3pet_nb.report._exporter': ('api/report.html#_exporter', 's3pet_nb/report.py'),
                                  's3pet_nb.report._link': ('api/report.html#_link', 's3pet_nb/report.py'),
                                  's3pet_nb.report._plain_table': ('api/report.html#_plain_table', 's3pet_nb/report.py'),
                                  's3pet_nb.report._protocol': ('api/report.html#_protocol', 's3pet_nb/report.py'),

@@ -28,6 +28,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -261,6 +262,7 @@ table { border-collapse: collapse; margin: 12px 0 20px; font-size: 14px; font-va
 caption { text-align: left; color: var(--soft); padding-bottom: 6px; }
 th, td { text-align: left; padding: 5px 18px 5px 0; border: 0 solid var(--line); border-bottom-width: 1px;
   vertical-align: baseline; }
+th:last-child, td:last-child { padding-right: 0; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 .numbers td:first-child, td[style*="right"], .index td { white-space: nowrap; }
 .index main { overflow-x: auto; }
@@ -310,16 +312,21 @@ REMOVED = Config({"TagRemovePreprocessor": {
     "remove_all_outputs_tags": {"remove-output"}}})
 
 
+@cache
+def _exporter() -> HTMLExporter:
+    "What makes pages; reading its templates takes as long as a page."
+    return HTMLExporter(
+        config=REMOVED, preprocessors=[TagRemovePreprocessor], template_file="report.html.j2",
+        extra_loaders=[jinja2.DictLoader({"report.html.j2": TEMPLATE})], **{url: "" for url in URLS})
+
+
 def page(
     notebook: nbformat.NotebookNode,  # static
     **parts: str,  # page_title, page_head and page_foot; the last two are HTML
 ) -> str:
     "A self-contained HTML page of `notebook`."
-    exporter = HTMLExporter(
-        config=REMOVED, preprocessors=[TagRemovePreprocessor], template_file="report.html.j2",
-        extra_loaders=[jinja2.DictLoader({"report.html.j2": TEMPLATE})], **{url: "" for url in URLS})
     resources = {"page_style": STYLE, "plotly_js": get_plotlyjs(), **parts}
-    return exporter.from_notebook_node(notebook, resources=resources)[0]
+    return _exporter().from_notebook_node(notebook, resources=resources)[0]
 
 
 FILES = ("run.ipynb", "params.json", "log.jsonl", "structure.json", "structure.safetensors", "result.json")

@@ -58,10 +58,12 @@ class ThisPython(AsyncKernelManager):
     "Starts the Python that runs this code, whatever other `python3` kernel the machine knows."
 
     marks = {}  # further variables of the kernel's environment
+    first = "import atexit, gc; atexit.register(gc.freeze); del atexit, gc"  # what it executes when it starts
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        kernel = get_kernel_dict(extra_arguments=["--log-level=CRITICAL"])
+        asked = ["--log-level=CRITICAL", f"--IPKernelApp.exec_lines={self.first}"]
+        kernel = get_kernel_dict(extra_arguments=asked)
         return KernelSpec(**kernel, env=kernel_environment() | self.marks)
 
 # %% ../nbs/api/27_run.ipynb #27-run-010

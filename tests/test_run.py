@@ -105,6 +105,19 @@ def test_the_kernel_is_this_python_whatever_python3_means_elsewhere(tmp_path, mo
     assert result == {"python": sys.executable, "wait": "PASSIVE"}
 
 
+def test_a_kernel_closes_what_its_notebook_opened(tmp_path):
+    opened = write_template(tmp_path / "opened.ipynb", STORE + f"""\
+assert not {{"atexit", "gc"}} & set(globals())
+import atexit
+import tempfile
+from pathlib import Path
+kept = tempfile.TemporaryDirectory(dir={str(tmp_path)!r}, prefix="kept")
+atexit.register(Path({str(tmp_path / "closed")!r}).touch)
+Run(run_folder).save_result({{"folder": kept.name}})""")
+    assert Path(execute(opened, {}, tmp_path / "reports", "s").result["folder"]).name.startswith("kept")
+    assert (tmp_path / "closed").exists() and not list(tmp_path.glob("kept*"))
+
+
 def test_what_the_user_has_set_is_left_alone(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)

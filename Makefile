@@ -16,9 +16,9 @@ demo: $(READY)  ## search, re-train, compare: ends with the path of an HTML repo
 lab: $(READY)  ## open JupyterLab on the tutorials
 	$(BIN)/s3pet lab nbs/tutorials
 
-test: $(READY)  ## run every notebook, then pytest
+test: $(READY)  ## run every notebook, then pytest, two at a time
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: $(READY)  ## time searches beside trainings; QUICK=1 for ten minutes, OPTIONS="--device cuda"
 	$(BIN)/python -m tests.bench $(if $(QUICK),--quick) $(OPTIONS)

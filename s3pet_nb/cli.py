@@ -297,12 +297,13 @@ def _number(value: float | None, form: str = ",") -> str:
 # %% ../nbs/api/39_cli.ipynb #39-cli-029
 def check_study(
     asked: "Study",  # as read from its file
+    jobs: list["Job"],  # of `pool.plan`, those that are to be run
 ) -> None:
     "Refuse a study of which a run cannot be run: `Faults` with everything that `check` finds."
     from s3pet_nb.study import Faults
 
     faults, seen = [], []
-    for question in asked.questions():
+    for question in (job.question for job in jobs):
         point = question.template, question.params | {"seed": 0}
         if point not in seen:
             seen.append(point)
@@ -471,6 +472,7 @@ def study(
 
         asked = read(name)
         given = assignments(settings, parameters(asked.template))
+        _refuse_hidden(asked, given)
         asked = asked.changed(**given | ({"data_dir": str(data_dir)} if data_dir else {}))
         rules = Rules(retries, max_failures=max_failures, time_limit=time_limit)
         chosen = _backend(backend, slots, address)
@@ -479,7 +481,7 @@ def study(
             Console(force_jupyter=False).print(plan_table(jobs, asked))
             say(plan_text(jobs, asked, chosen.slots), stderr=False)
             return
-        check_study(asked)
+        check_study(asked, [job for job in jobs if force or job.state != "done"])
         try:
             with _watching() as watch:
                 ended = run_study(asked, out, chosen, rules, only, force, watch)
@@ -489,12 +491,23 @@ def study(
         _close(ended, page)
 
 
+def _refuse_hidden(asked: "Study", given: Mapping) -> None:
+    "`ValueError` for a setting that no run would get, as the grid or every method has its own."
+    for name, value in given.items():
+        if all(name in part["grid"] | asked.methods.get(method, {}).get("params", {})
+               for method, part in asked.parts()):
+            raise ValueError(f"--set {name}={value} changes no run of study {asked.name!r}, whose grid or "
+                             "methods set it; write a study with this one as its 'base'")
+
+
 def _backend(name: str, slots: int | None, address: str | None) -> "Backend":
     "Where the runs of a study are executed."
     from s3pet_nb.core import UnknownName
 
     if name not in ("local", "ray"):
         raise UnknownName("backend", name, ["local", "ray"])
+    if name == "ray" and slots is not None:
+        raise ValueError("slots are for the backend local; a cluster runs as many as it has room for")
     if name == "ray":
         from s3pet_nb.cluster import Ray
 

@@ -53,10 +53,10 @@ def packed(
     gpus: float = 0.0,
 ) -> dict:  # plain, of text, numbers and bytes
     "A task that any node understands."
-    question, root = Question(task["template"], task["params"]), Path(task["root"]).absolute()
+    root = Path(task["root"]).absolute()
     file, by_path = template(task["template"]).absolute(), Path(task["template"]).suffix == ".ipynb"
     here = hashlib.sha256(f"{machine()} {root}".encode()).hexdigest()[:12]
-    return {**task, "root": str(root), "folder": str(root / task["study"] / question.id), "id": question.id,
+    return {**task, "root": str(root), "folder": str(root / task["study"] / task["id"]),
             "template": str(file) if by_path else task["template"],
             "notebook": file.read_bytes() if by_path else None,
             "cwd": os.getcwd(), "version": __version__, "probe": str(probe), "fetch": False,
@@ -241,11 +241,12 @@ class Ray(AbstractContextManager):
             root.mkdir(parents=True, exist_ok=True)
             self.probes[root] = root / f".probe-{uuid.uuid4().hex}"
             self.probes[root].touch()
-        future = self.threads.submit(self._ask, packed(task, self.probes[root], self.cpus, self.gpus))
+        future = self.threads.submit(self._ask, task, self.probes[root])
         self.futures.add(future)
         return future
 
-    def _ask(self, task: dict) -> dict:
+    def _ask(self, task: dict, probe: Path) -> dict:
+        task = packed(task, probe, self.cpus, self.gpus)
         outcome = self._get(task)
         return self._fetch(task) if "unseen" in outcome else outcome
 

@@ -26,7 +26,6 @@ import itertools
 import json
 import os
 import queue
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -44,7 +43,7 @@ import torch
 
 from .core import UnknownName
 from .live import Tail
-from .lock import Busy, Claim
+from .lock import Busy, Claim, claim
 from .report import report
 from .run import RUN_MARK, RunFailed, answer, end_kernels
 from .store import Run, plain, write_json
@@ -83,10 +82,15 @@ def _matches(question: Question, word: str) -> bool:
     name, equals, value = word.partition("=")
     if not equals:
         return word == question.method or question.id.startswith(word)
-    known = question.params | {"method": question.method, "template": question.template}
-    if name not in known:
-        raise UnknownName("parameter", name, known)
-    return str(known[name]) == value
+    known = _named(question).get(name)
+    with suppress(ValueError):
+        return float(value) == known if isinstance(known, float) else value.lower() == str(known).lower()
+    return False
+
+
+def _named(question: Question) -> dict:
+    "What name=value can be said of."
+    return question.params | {"method": question.method, "template": question.template}
 
 
 def plan(
@@ -95,13 +99,17 @@ def plan(
     only: Iterable[str] = (),  # words that all hold: the beginning of an id, a method, name=value
 ) -> list[Job]:
     "The jobs of a study in order; `ValueError` if `only` leaves none."
-    questions = {question.id: question for question in reversed(study.questions())}  # the first of equal ones
-    chosen = [question for question in reversed(questions.values())
-              if all(_matches(question, word) for word in only)]
+    questions, only = study.questions(), list(only)
+    names = {name for question in questions for name in _named(question)}
+    for name in (word.partition("=")[0] for word in only if "=" in word):
+        if name not in names:
+            raise UnknownName("parameter", name, names)
+    found = [question for question in questions if all(_matches(question, word) for word in only)]
+    chosen = {question.id: question for question in reversed(found)}  # the first of equal ones
     if not chosen:
         raise ValueError(f"no run of study {study.name!r} is {' and '.join(only)}; "
                          "--dry-run lists the runs there are")
-    jobs = [Job(question, home(study, root) / question.id) for question in chosen]
+    jobs = [Job(question, home(study, root) / question.id) for question in reversed(chosen.values())]
     for job in jobs:
         job.before = finished(job.folder)
         job.state = "done" if job.before else "waiting"
@@ -116,11 +124,14 @@ def finished(
 
 # %% ../nbs/api/31_pool.ipynb #31-pool-010
 def attempt(
-    task: Mapping,  # template, params, root, study, time_limit, again
+    task: Mapping,  # id, template, params, root, study, time_limit, again
 ) -> dict:  # of one of: done (and a note), failed, busy
     "Execute one run and write its page; what went wrong is part of the answer."
     question = Question(task["template"], task["params"])
     try:
+        if question.id != task["id"]:
+            return {"failed": "its template, rows or structures have changed since the study began; "
+                              "call the study again"}
         run = answer(question, task["root"], task["study"], None, task["time_limit"], task["again"])
     except Busy as busy:
         return {"busy": str(busy)}
@@ -268,6 +279,8 @@ class Local(AbstractContextManager):
                 raise Died("the study has ended")
             if k not in self.workers:
                 self.workers[k] = Worker(environment)
+                if self.closed:  # by now, and perhaps before this one was known
+                    self.workers[k].close()
             return self.workers[k].ask(task)
         except Died:
             self.workers.pop(k, None)
@@ -286,7 +299,7 @@ def seconds_of(
     folder: Path,  # of a finished run
 ) -> float | None:
     "How long a run took, as its result says."
-    seconds = (Run(folder).result or {}).get("seconds")
+    seconds = ((Run(folder).result if folder.is_dir() else None) or {}).get("seconds")
     return float(seconds) if isinstance(seconds, int | float) else None
 
 
@@ -321,15 +334,17 @@ class Estimate:
 
 
 def gpu_use() -> list[dict]:  # of each GPU: name, busy (share), memory_mb, total_mb
-    "What the GPUs of this machine are doing; empty without any."
-    if shutil.which("nvidia-smi") is None:
-        return []
+    "What the GPUs of this machine are doing; empty where nvidia-smi does not tell."
     asked = "--query-gpu=name,utilization.gpu,memory.used,memory.total"
-    told = subprocess.run(["nvidia-smi", asked, "--format=csv,noheader,nounits"], capture_output=True,
-                          text=True)
-    rows = [[part.strip() for part in line.split(",")] for line in told.stdout.splitlines()]
+    try:
+        told = subprocess.run(["nvidia-smi", asked, "--format=csv,noheader,nounits"], capture_output=True,
+                              text=True, timeout=5).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[part.strip() for part in line.split(",")] for line in told.splitlines()]
     return [{"name": name, "busy": int(busy) / 100, "memory_mb": int(used), "total_mb": int(total)}
-            for name, busy, used, total in rows if busy.isdecimal()]
+            for name, busy, used, total in (row for row in rows if len(row) == 4)
+            if all(number.isdecimal() for number in (busy, used, total))]
 
 
 def memory_use() -> dict:  # used_mb by this study, free_mb of the machine
@@ -431,7 +446,7 @@ class Runner:
                  force: bool,
                  ):
         self.progress, self.root, self.backend, self.rules = progress, Path(root), backend, rules
-        self.forced = {job.id for job in progress.jobs} if force else set()
+        self.force, self.forced = force, {job.id for job in progress.jobs} if force else set()
         self.running: dict[Future, Job] = {}
 
     @property
@@ -448,9 +463,9 @@ class Runner:
             job.attempts += job.state == "waiting"
             job.state, job.since = "running", now
             study = self.progress.study
-            task = {"template": job.question.template, "params": job.question.params, "root": str(self.root),
-                    "study": study.folder or study.name, "time_limit": self.rules.time_limit,
-                    "again": job.id in self.forced}
+            task = {"id": job.id, "template": job.question.template, "params": job.question.params,
+                    "root": str(self.root), "study": study.folder or study.name,
+                    "time_limit": self.rules.time_limit, "again": job.id in self.forced}
             self.forced.discard(job.id)
             self.running[self.backend.submit(task)] = job
 
@@ -459,8 +474,11 @@ class Runner:
         try:
             outcome = answered.result()
         except Exception as died:
-            end_kernels(RUN_MARK, str(job.folder.resolve()))
+            with suppress(Busy, OSError), claim(job.folder):  # whoever has it by now keeps its kernel
+                end_kernels(RUN_MARK, str(job.folder.resolve()))
             outcome = {"failed": str(died)}
+        if "done" not in outcome and self.force and finished(job.folder):
+            self.forced.add(job.id)  # it was not begun anew
         if "busy" in outcome:
             job.state, job.cause, job.not_before = "elsewhere", outcome["busy"], time.time() + AGAIN
         elif "failed" in outcome:
@@ -497,13 +515,16 @@ RECORD = "study.json"
 def recorded(
     folder: str | os.PathLike,  # of a study that was run, such as reports/small-table-2
 ) -> Study | None:
-    "The study as it was last run; None for a folder of something else. `Faults` if its template is gone."
+    """The study as it was last run, with the names that its runs had.
+
+    None for a folder of something else; `Faults` if its template is gone.
+    """
     path = Path(folder) / RECORD
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    said = {key: value for key, value in content.items() if key not in ("name", "asked")}
-    return checked(content["name"], said)
+    said = {key: value for key, value in content.items() if key not in ("name", "ids")}
+    return replace(checked(content["name"], said), ids=content["ids"])
 
 
 def run_study(
@@ -529,9 +550,9 @@ def run_study(
     runner = Runner(progress, root, backend, rules, force)
     folder = Path(root) / study.name
     folder.mkdir(parents=True, exist_ok=True)
-    names = {question.id for question in study.questions()}
+    names = [question.id for question in study.questions()]
     with suppress(OSError):
-        write_json(folder / RECORD, asdict(study) | {"asked": len(names)})
+        write_json(folder / RECORD, asdict(study) | {"ids": names})
     try:
         with backend:
             runner.run(watch)

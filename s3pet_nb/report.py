@@ -26,7 +26,6 @@ import html
 import json
 import os
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -382,15 +381,15 @@ def index_frame(
 def studies_frame(
     root: str | os.PathLike,  # folder of all studies
 ) -> pd.DataFrame:  # name, title, asked, done; page, whether there is one
-    "One row per study.json: how many runs it asks for, and how many of its folder's are done."
-    table, finished = [], Counter(run.study for run in run_folders(root) if run.done)
+    "One row per study.json: how many runs it asks for, and how many of them are done."
+    table, finished = [], {(run.study, run.id) for run in run_folders(root) if run.done}
     for path in sorted(Path(root).glob("*/study.json")):
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
-            folder = told.get("folder") or path.parent.name
+            folder, names = told.get("folder") or path.parent.name, set(map(str, told["ids"]))
             table.append({"name": path.parent.name, "title": str(told.get("title") or ""),
-                          "asked": int(told["asked"]), "page": (path.parent / "index.html").is_file(),
-                          "done": finished[folder]})
+                          "asked": len(names), "page": (path.parent / "index.html").is_file(),
+                          "done": sum((folder, name) in finished for name in names)})
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # another program's file, or one that was cut off
     return pd.DataFrame(table, columns=["name", "title", "asked", "done", "page"])

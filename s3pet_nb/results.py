@@ -29,7 +29,7 @@ import html
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ COLUMNS = ("source", "task", "metric", "run_id", "budget", "n_params", "ratio", 
            "seconds")
 _TAKEN = {*COLUMNS, "method", "label", "row", "seed", "seeds", "mean", "sd", "median", "low", "high", "other",
           "against", "pairs", "p", "ahead", "rank", "blocks", "block", "average", "runs", "search_seconds",
-          "retrain_seconds", "passes", "memory_mb"} - {"budget"}
+          "retrain_seconds", "passes", "search_memory_mb"} - {"budget"}
 
 
 def _varied(study: Study) -> dict[str, str]:
@@ -285,15 +285,22 @@ def transfer(
     return pd.DataFrame(table, columns=[*keys, *per_seed.task.unique()])
 
 # %% ../nbs/api/33_results.ipynb #33-results-029
-def _spent(question: Question, result: dict) -> dict:
-    "What one run's search and re-training took; what its result does not say is None."
+def _search_memory(folder: Path, labels: Collection[str]) -> float | None:
+    "Peak memory up to the end of the search, which comes before anything is trained; None without a log."
+    peaks = [record.get("memory_mb") for record in Run(folder).records()
+             if record.get("event") == "step" and record["phase"] not in labels]
+    return peaks[-1] if peaks else None
+
+
+def _spent(question: Question, result: dict, folder: Path) -> dict:
+    "What one run's search and re-training took; what its result and its log do not say is None."
     search = result.get("search") or result.get("prune") or {}
     retrain = [row.get("seconds") for row in result.get("rows") or [] if row["label"] == SEARCHED]
     retrain = pd.Series(retrain, dtype=float).mean()
     return {"row": question.method or SEARCHED, "task": _source(question, result),
             "search_seconds": search.get("seconds"), "retrain_seconds": retrain,
             "passes": search.get("passes"),
-            "memory_mb": result.get("peak_gpu_memory_mb", result.get("peak_memory_mb"))}
+            "search_memory_mb": _search_memory(folder, {row["label"] for row in result.get("rows") or []})}
 
 
 def cost(
@@ -302,9 +309,11 @@ def cost(
 ) -> pd.DataFrame:  # row, the grid's parameters, task, runs, search_seconds, retrain_seconds, ratio, …
     "What searching took beside re-training, of each method, grid point and task: time, passes, memory in MB."
     varied, (answered, _) = _varied(study), _answers(study, root)
-    spent = [_spent(question, result) | _point(question, varied) for question, result in answered]
+    home = Path(root) / (study.folder or study.name)
+    spent = [_spent(question, result, home / question.id) | _point(question, varied)
+             for question, result in answered]
     keys = ["row", *varied.values(), "task"]
-    said = ["search_seconds", "retrain_seconds", "passes", "memory_mb"]
+    said = ["search_seconds", "retrain_seconds", "passes", "search_memory_mb"]
     runs = pd.DataFrame(spent, columns=[*keys, *said]).astype(dict.fromkeys(said, float))
     groups = runs.dropna(subset="search_seconds").groupby(keys, sort=False, dropna=False)
     found = groups[said].mean().reset_index()

@@ -29,7 +29,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -202,6 +202,7 @@ class Question:
     template: str  # a name or a path
     params: dict  # every parameter, resolved
     method: str = ""  # of the study that asks it; it is no part of the name
+    known: str = field(default="", compare=False)  # its name, if that was written down when it was asked
 
     @classmethod
     def of(cls,
@@ -221,7 +222,8 @@ class Question:
     @cached_property
     def id(self) -> str:
         "The name of its run."
-        return run_id({name: value for name, value in self.params.items() if name != DATA_DIR}, self.code)
+        params = {name: value for name, value in self.params.items() if name != DATA_DIR}
+        return self.known or run_id(params, self.code)
 
 # %% ../nbs/api/21_study.ipynb #21-study-020
 def expand(
@@ -236,7 +238,7 @@ def expand(
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 # %% ../nbs/api/21_study.ipynb #21-study-023
-VIEWS = ("table", "differences", "ranks", "sweep", "heatmaps", "transfer", "cost")
+VIEWS = ("table", "differences", "ranks", "sweep", "heatmaps", "heatmaps by task", "transfer", "cost")
 STATISTICS = ("mean", "median")
 
 
@@ -280,6 +282,7 @@ class Study:
     statistic: str = "mean"  # over seeds, or "median"
     show: list = field(default_factory=lambda: ["table", "differences"])  # of `VIEWS`
     folder: str = ""  # another study whose runs are these as well
+    ids: list = field(default_factory=list, compare=False)  # names of its runs in order, if written down
 
     def parts(self) -> Iterator[tuple[str, dict]]:
         "Name, template, params and grid of every method, or of the study itself if it has none."
@@ -298,7 +301,10 @@ class Study:
 
     def questions(self) -> list[Question]:
         "Every run, in order; a study file was checked when it was read."
-        return [Question.of(template, given, method) for method, template, given in self.points()]
+        points = self.points()
+        names = self.ids if len(self.ids) == len(points) else [""] * len(points)
+        return [replace(Question.of(template, given, method), known=name)
+                for (method, template, given), name in zip(points, names)]
 
     def __len__(self) -> int:
         return len(self.points())
@@ -307,7 +313,7 @@ class Study:
                 **given,  # parameters of all runs, such as data_dir
                 ) -> "Study":
         "This study with other parameters; `Faults` if they do not fit."
-        content = {name: value for name, value in asdict(self).items() if name != "name"}
+        content = {name: value for name, value in asdict(self).items() if name not in ("name", "ids")}
         return checked(self.name, merged(content, {"params": given}))
 
     def _repr_html_(self) -> str:

@@ -10,6 +10,7 @@ wants shown, of
     ranks         mean ranks, and Friedman's test
     sweep         score over the number of trained parameters, a panel for each task
     heatmaps      mean p over the searches of one method and grid point, mean share kept over its prunings
+    heatmaps by task   the same, a figure for each task
     transfer      sources by targets
     cost          time, passes and memory
 
@@ -40,6 +41,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -57,7 +59,8 @@ from .plot import (BLUE, GREY, INK, LAB_STYLE, as_text, column_texts, draw_mean_
 from .report import STYLE, figure_html
 from .results import MISSING, SEARCHED
 from .store import Run
-from .study import DATA_DIR, Study
+from .study import DATA_DIR, Study, shipped
+from .study import study as read
 
 # %% ../nbs/api/35_study_page.ipynb #35-study-page-008
 def grid_names(
@@ -112,10 +115,19 @@ def progress_text(
 
 def command(
     study: Study,
+    root: str | os.PathLike = "reports",  # folder of all studies
 ) -> str:
-    "The line for a terminal that makes this study, or goes on with it."
-    place = study.params.get(DATA_DIR)
-    return shlex.join(["s3pet", "study", study.name, *(["--data-dir", str(place)] if place else [])])
+    "The line for a terminal that makes this study, or goes on with it, in the folder of its file."
+    ours, words = study.name in shipped("studies"), []
+    written = read(study.name).params if ours else study.params
+    for name, value in study.params.items():
+        if name == DATA_DIR and value:
+            words += ["--data-dir", str(value)]
+        elif written.get(name) != value:
+            words += ["--set", f"{name}={value}"]
+    if Path(root).resolve() != Path("reports").resolve():
+        words += ["--out", str(root)]
+    return shlex.join(["s3pet", "study", study.name if ours else f"{study.name}.yml", *words])
 
 # %% ../nbs/api/35_study_page.ipynb #35-study-page-014
 def value_text(
@@ -169,6 +181,7 @@ def head_html(
     study: Study,
     frame: pd.DataFrame,  # of `runs_frame`
     parts: Sequence[str],  # headings of what follows
+    root: str | os.PathLike = "reports",  # folder of all studies
 ) -> str:
     "Title, how far it is, command, what was asked, and links to the parts of the page."
     given = _pairs({name: value_text(value) for name, value in study.params.items()})
@@ -178,7 +191,7 @@ def head_html(
             f"<h1>{html.escape(study.title or study.name)}</h1>"
             f"{_progress_bar(frame)}<p>{html.escape(progress_text(frame))}</p>"
             '<p class="command"><span>Run it again, or go on</span>'
-            f"<code>{html.escape(command(study))}</code></p>"
+            f"<code>{html.escape(command(study, root))}</code></p>"
             f"<dl>{_pairs(asked_facts(study))}</dl>{more}<nav>{links}</nav></header>")
 
 
@@ -459,9 +472,10 @@ def _mean(found: Sequence, what: str, make: Callable, draw: Callable, says: list
 def heatmaps(
     study: Study,
     frame: pd.DataFrame,  # of `runs_frame`
+    by_task: bool = False,  # a figure for each task, over seeds alone
 ) -> tuple[list[str], list[go.Figure]]:  # sentences about what is left out, figures
     "Mean p and mean share kept: a figure for each method and point of the grid, over all tasks and seeds."
-    names, reasons, says, figures = ["method", *grid_names(study)], {}, [], []
+    names, reasons, says, figures = ["method", *grid_names(study), *["task"] * by_task], {}, [], []
     done = frame[frame.state == "done"].drop_duplicates("run_id").astype(dict.fromkeys(names, str))
     for values, part in done.groupby(names, sort=False):
         runs = {kind: [] for kind in ("kept", "search")}
@@ -579,8 +593,8 @@ def _sweep(found: Found) -> list[Part]:
     return [draw_sweep(frame, found.lines, found.study.statistic)]
 
 
-def _heatmaps(found: Found) -> list[Part]:
-    says, figures = heatmaps(found.study, found.runs)
+def _heatmaps(found: Found, by_task: bool = False) -> list[Part]:
+    says, figures = heatmaps(found.study, found.runs, by_task)
     return [*_sentences(says or ([] if figures else ["No run has searched or pruned yet."])), *figures]
 
 
@@ -595,19 +609,21 @@ def _transfer(found: Found) -> list[Part]:
 def _cost(found: Found) -> list[Part]:
     frame = results.cost(found.study, found.root)
     said = ("Means over runs. The ratio is the search's seconds over those of one re-training of what it "
-            "found; memory is the peak, in MB.")
+            "found; memory is the peak until the search ended, as the runs' logs say.")
     forms = {"search_seconds": ",.1f", "retrain_seconds": ",.1f", "ratio": ".2f", "passes": ",.0f",
-             "memory_mb": ",.0f"}
+             "search_memory_mb": ",.0f"}
     texts = {name: [MISSING if pd.isna(value) else format(value, form) for value in frame[name]]
              for name, form in forms.items()}
     texts |= {name: frame[name].map(value_text) for name in frame.columns[1:frame.columns.get_loc("task")]}
-    table = frame.assign(**texts).rename(columns={"memory_mb": "memory, MB"})
+    table = frame.assign(**texts).rename(columns={"search_memory_mb": "memory of the search, MB"})
     return [*_sentences([said]), table_html(table)]
 
 
 SECTIONS = {"table": ("Scores", _table), "differences": ("Differences", _differences),
             "ranks": ("Ranks", _ranks), "sweep": ("Score over size", _sweep),
-            "heatmaps": ("Where the budgets went", _heatmaps), "transfer": ("From task to task", _transfer),
+            "heatmaps": ("Where the budgets went", _heatmaps),
+            "heatmaps by task": ("Where the budgets went, task by task", partial(_heatmaps, by_task=True)),
+            "transfer": ("From task to task", _transfer),
             "cost": ("Cost", _cost)}
 
 # %% ../nbs/api/35_study_page.ipynb #35-study-page-040
@@ -732,7 +748,7 @@ def study_report(
     if len(found.scores):
         results.save_tables(study, root, folder)
     parts = _parts(found)
-    head = head_html(study, found.runs, list(parts))
+    head = head_html(study, found.runs, list(parts), root)
     top = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">

@@ -393,14 +393,16 @@ def test_a_study_is_run_told_and_told_again(invoke, tmp_path):
     ended = invoke("study", path, "--only", "seed=0", "--dry-run")
     assert "1 runs: 1 done, 0 to run" in ended.stdout
     page.unlink()
+    write_template(tmp_path / "count.ipynb", RESULT)  # a changed template hides nothing that was found
     ended = invoke("report", "reports/mine")
-    assert ended.exit_code == 0 and page.exists()
+    assert ended.exit_code == 0 and "1 of 2 runs are done" in page.read_text()
 
 
 @pytest.mark.parametrize("words, sentence", [
     (["--set", "sede=1"], "unknown count parameter 'sede'; did you mean 'seed'"),
     (["--only", "seed=7"], "no run of study 'mine' is seed=7"),
     (["--slots", "0"], "slots is 0; give at least 1"),
+    (["--slots", "2", "--backend", "ray"], "slots are for the backend local"),
     (["--backend", "slurm"], "unknown backend 'slurm'"),
     (["--address", "auto"], "give --backend ray"),
     (["--retries", "-1"], "retries is -1"),
@@ -409,6 +411,13 @@ def test_a_study_that_cannot_be_run_is_one_sentence(invoke, tmp_path, words, sen
     ended = invoke("study", written_study(tmp_path), *words)
     assert ended.exit_code == 1 and sentence in ended.stderr and "Traceback" not in ended.stderr
     assert not (tmp_path / "reports").exists()
+
+
+@pytest.mark.parametrize("word, changes", [("budget=500", False), ("order=first", True)])
+def test_a_setting_that_no_run_would_get_is_refused(invoke, word, changes):
+    ended = invoke("study", "small-figure-4", "--set", word, "--dry-run")
+    assert ended.exit_code == (0 if changes else 1)
+    assert changes or f"--set {word} changes no run of study 'small-figure-4'" in ended.stderr.replace("500.0", "500")
 
 
 def test_all_that_is_wrong_with_a_study_has_a_line_of_its_own(invoke, tmp_path):

@@ -97,7 +97,7 @@ def asked(tmp_path):
 @pytest.fixture
 def task(asked, tmp_path):
     (question,) = asked([3]).questions()
-    return {"template": question.template, "params": question.params, "root": str(tmp_path), "study": "tried",
+    return {"id": question.id, "template": question.template, "params": question.params, "root": str(tmp_path), "study": "tried",
             "time_limit": None, "again": False}
 
 

@@ -1,6 +1,7 @@
 "Studies on this machine: what is run, what is tried again, what is said of it."
 import json
 import os
+import subprocess
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 from templates import write_counting, write_template
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.lock import Claim
-from s3pet_nb.pool import (STATUS, Estimate, Job, Local, Progress, Rules, cores, finished, gpus, plan, recorded,
-                           run_study, slot_environments)
+from s3pet_nb.lock import Claim, claim
+from s3pet_nb.pool import (STATUS, Estimate, Job, Local, Progress, Rules, attempt, cores, finished, gpu_use, gpus, plan,
+                           recorded, run_study, slot_environments)
+from s3pet_nb.run import RUN_MARK
 from s3pet_nb.study import Faults, Question, checked
 
 
@@ -47,6 +49,12 @@ class Scripted:
 def counted(tmp_path, seeds, **more):
     "A study of the counting template."
     return checked("count", {"template": str(write_counting(tmp_path / "count.ipynb")), "seeds": seeds, **more})
+
+
+def task_of(job, tmp_path):
+    "What a backend is asked of a job."
+    return {"id": job.id, "template": job.question.template, "params": job.question.params, "root": str(tmp_path),
+            "study": "count", "time_limit": None, "again": False}
 
 
 def test_a_study_is_run_and_only_what_is_missing_is_run_again(tmp_path, executions):
@@ -88,8 +96,16 @@ def test_only_takes_ids_methods_and_values_and_all_must_hold(tmp_path):
         plan(asked, tmp_path, ["sed=1"])
 
 
+def test_values_are_chosen_as_they_are_shown(tmp_path):
+    asked = counted(tmp_path, [0], grid={"pause": [0.0, 2e-4, 4747.0]})
+    for word, value in ("pause=4747", 4747.0), ("pause=2e-4", 2e-4), ("pause=0.0002", 2e-4):
+        assert [job.question.params["pause"] for job in plan(asked, tmp_path, [word])] == [value]
+
+
 def test_two_methods_with_one_question_are_one_run(tmp_path):
-    assert len(plan(counted(tmp_path, [0, 1], methods={"a": {}, "b": {}}), tmp_path)) == 2
+    asked = counted(tmp_path, [0, 1], methods={"a": {}, "b": {}})
+    assert [job.question.method for job in plan(asked, tmp_path)] == ["a", "a"]
+    assert [job.question.method for job in plan(asked, tmp_path, ["b"])] == ["b", "b"]
 
 
 def test_a_failure_is_tried_again_after_a_pause_that_doubles_and_stops_nobody(tmp_path):
@@ -99,11 +115,59 @@ def test_a_failure_is_tried_again_after_a_pause_that_doubles_and_stops_nobody(tm
         begun.setdefault(task["params"]["seed"], []).append(time.monotonic())
         return {"failed": "no luck"} if task["params"]["seed"] == 1 else {"done": True, "note": ""}
 
-    ended = run_study(asked, tmp_path, Scripted(answer), Rules(retries=2, pause=0.3))
+    ended = run_study(asked, tmp_path, Scripted(answer), Rules(retries=2, pause=1.5))
     assert [job.state for job in ended.jobs] == ["done", "failed", "done"] and ended.ended == "failed"
     first, second, third = begun[1]
-    assert second - first >= 0.3 and third - second >= 0.6 and begun[2][0] < second
+    assert second - first >= 1.5 and third - second >= 3 and begun[2][0] < second
     assert ended.jobs[1].cause == "no luck" and ended.jobs[1].attempts == 3
+
+
+def test_a_template_that_changes_while_its_study_runs_fails_and_answers_nothing_else(tmp_path, executions):
+    asked = counted(tmp_path, [0, 1])
+
+    def answer(task):
+        write_counting(tmp_path / "count.ipynb", "'another template'")
+        return attempt(task)
+
+    ended = run_study(asked, tmp_path, Scripted(answer), Rules(retries=0))
+    assert [job.state for job in ended.jobs] == ["failed"] * 2 and not executions.read_text()
+    assert all("have changed since the study began" in job.cause for job in ended.jobs)
+
+
+def test_force_holds_until_a_run_was_begun_anew(tmp_path):
+    asked = counted(tmp_path, [0])
+    (job,) = plan(asked, tmp_path)
+    job.folder.mkdir(parents=True)
+    (job.folder / "result.json").write_text("{}")
+    answers = iter([{"failed": "the node has another version"}, {"done": True, "note": ""}])
+    backend = Scripted(lambda task: next(answers))
+    run_study(asked, tmp_path, backend, Rules(pause=0.01), force=True)
+    assert [task["again"] for task in backend.asked] == [True, True]
+
+
+def test_a_kernel_that_another_owner_has_by_now_is_left_alone(tmp_path):
+    "A worker that died before it owned its run must not cost the one who does own it."
+    asked = counted(tmp_path, [0])
+    (job,) = plan(asked, tmp_path)
+    answers = iter([RuntimeError("the worker died"), {"done": True, "note": ""}])
+    kernel = subprocess.Popen(["sleep", "600"], env=os.environ | {RUN_MARK: str(job.folder.resolve())})
+    with claim(job.folder):
+        run_study(asked, tmp_path, Scripted(lambda task: next(answers)), Rules(pause=0.01))
+        assert kernel.poll() is None
+    answers = iter([RuntimeError("the worker died"), {"done": True, "note": ""}])
+    run_study(asked, tmp_path, Scripted(lambda task: next(answers)), Rules(pause=0.01))
+    assert kernel.poll() is not None
+
+
+@pytest.mark.parametrize("script, found", [
+    ("echo 'A100, 50, 1024, 81920'", [{"name": "A100", "busy": 0.5, "memory_mb": 1024, "total_mb": 81920}]),
+    ("echo 'NVIDIA-SMI has failed because it could not talk to the driver'; exit 9", []),
+    ("echo 'GB10, 3, [N/A], [N/A]'", [])])
+def test_what_nvidia_smi_does_not_tell_is_left_out(tmp_path, monkeypatch, script, found):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert gpu_use() == found
 
 
 def test_what_dies_with_its_worker_is_tried_again(tmp_path):
@@ -133,8 +197,7 @@ def test_a_worker_says_who_runs_a_run(tmp_path):
     held = Claim(plan(asked, tmp_path)[0].folder)
     held.take()
     with Local(1) as backend:
-        task = {"template": asked.template, "params": plan(asked, tmp_path)[0].question.params,
-                "root": str(tmp_path), "study": "count", "time_limit": None, "again": False}
+        task = task_of(plan(asked, tmp_path)[0], tmp_path)
         assert f"process {os.getpid()} on" in backend.submit(task).result()["busy"]
 
 
@@ -200,19 +263,15 @@ def test_a_page_that_cannot_be_drawn_costs_no_result(tmp_path):
     (job.folder / "report.html").unlink()
     (job.folder / "run.ipynb").write_text("torn")
     with Local(1) as backend:
-        task = {"template": asked.template, "params": job.question.params, "root": str(tmp_path),
-                "study": "count", "time_limit": None, "again": False}
-        answer = backend.submit(task).result()
+        answer = backend.submit(task_of(job, tmp_path)).result()
     assert answer["done"] and answer["note"].startswith("no page: ") and finished(job.folder)
 
 
 def test_a_template_that_went_bad_after_the_study_was_read_is_one_sentence(tmp_path):
     asked = counted(tmp_path, [0])
-    jobs = plan(asked, tmp_path)
+    task = task_of(plan(asked, tmp_path)[0], tmp_path)
     (tmp_path / "count.ipynb").write_text("{")
     with Local(1) as backend:
-        task = {"template": asked.template, "params": jobs[0].question.params, "root": str(tmp_path),
-                "study": "count", "time_limit": None, "again": False}
         assert "is not a notebook; restore it" in backend.submit(task).result()["failed"]
     with pytest.raises(Faults, match="is not a notebook"):
         checked("count", {"template": asked.template})

@@ -252,8 +252,8 @@ def test_index_lists_studies_before_runs(tmp_path):
     run = make_run(tmp_path, study="whole", steps=6)
     make_run(tmp_path, study="whole", steps=6, seed=1, finished=False)
     (run.folder / "report.html").write_text("a page")
-    told = {"whole": {"title": EVIL, "asked": 1200}, "part": {"title": "", "asked": 3, "folder": "whole"},
-            "begun": {"title": "Nothing yet", "asked": 2}, "torn": None, "other": {"asked": "many"}}
+    told = {"whole": {"title": EVIL, "ids": [run.id, *map(str, range(1199))]}, "part": {"title": "", "ids": [run.id, "b", "c"], "folder": "whole"},
+            "begun": {"title": "Nothing yet", "ids": ["a", "b"]}, "torn": None, "other": {"ids": None}}
     for name, study in told.items():
         (tmp_path / name).mkdir(exist_ok=True)
         text = json.dumps({"name": name} | (study or {}))

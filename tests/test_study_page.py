@@ -15,6 +15,7 @@ from s3pet_nb import results
 from s3pet_nb.report import index
 from s3pet_nb.store import Run, write_json
 from s3pet_nb.study import Study
+from s3pet_nb.study import study as read
 from s3pet_nb.study_page import (best_of, command, draw_differences, draw_transfer, gates_frame,
                                  progress_text, row_lines, runs_frame, study_report, sweep_frame)
 
@@ -157,8 +158,10 @@ def test_the_page_says_what_is_done_and_how_to_go_on(faulty, page):
     body = body_of(page)
     assert page == root / "sweep" / "index.html"
     assert "66 of 72 runs are done, 1 failed, 5 missing; what follows is made of those that are done." in body
-    assert "<code>s3pet study sweep</code>" in body
-    assert command(replace(study, params={"data_dir": "my data"})) == "s3pet study sweep --data-dir 'my data'"
+    assert f"<code>s3pet study sweep.yml --out {root}</code>" in body
+    assert command(replace(study, params={"data_dir": "my data"})) == "s3pet study sweep.yml --data-dir 'my data'"
+    small = read("small-figure-2").changed(n_eval=64, space="lo ra")
+    assert command(small, "kept") == "s3pet study small-figure-2 --set n_eval=64 --set 'space=lo ra' --out kept"
     assert f"<dd>{', '.join(['5e-05', '0.0001', '0.0002'])}</dd>" in body and "<dd>0, 1, 2</dd>" in body
     assert re.findall("<h2>(.*?)</h2>", body) == [
         "Scores", "Differences", "Ranks", "Score over size", "Where the budgets went", "Cost", "All runs"]
@@ -208,7 +211,7 @@ def test_names_cannot_become_markup(faulty, page):
     _, root, _ = faulty
     assert EVIL not in body_of(page) and "&lt;img src=x onerror=alert(1)&gt;" in body_of(page)
     study, root, _ = faulty
-    write_json(root / "sweep" / "study.json", {"name": "sweep", "title": study.title, "asked": len(study)})
+    write_json(root / "sweep" / "study.json", {"name": "sweep", "title": study.title, "ids": [question.id for question in study.questions()]})
     text = index(root).read_text()
     (root / "sweep" / "study.json").unlink()
     assert EVIL not in text and '<a href="sweep/index.html">sweep</a>' in text and "<td>66 of 72</td>" in text

@@ -36,7 +36,7 @@ def overheads(study: Study, root: Path) -> list[float]:
     found = []
     with Local(1) as backend:
         for job in plan(study, root):
-            task = {"template": job.question.template, "params": job.question.params, "root": str(root),
+            task = {"id": job.id, "template": job.question.template, "params": job.question.params, "root": str(root),
                     "study": study.name, "time_limit": None, "again": False}
             start = time.perf_counter()
             assert backend.submit(task).result().get("done")

@@ -337,7 +337,8 @@ def until_it_runs(tmp_path) -> tuple[subprocess.Popen, list[psutil.Process]]:
     "A process that runs go.py, once a kernel runs, and the processes below it."
     for _ in range(6):
         driver = subprocess.Popen([sys.executable, tmp_path / "go.py"], start_new_session=True, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         while driver.poll() is None:
             if begun(tmp_path):
                 return driver, psutil.Process(driver.pid).children(recursive=True)

@@ -1,6 +1,7 @@
 "The fast form of an open supernet computes what the simple form defines."
 import copy
 from contextlib import ExitStack
+from statistics import median
 
 import pytest
 import torch
@@ -82,15 +83,18 @@ def test_both_forms_give_the_same_logits_and_gradients(family, rules):
 def test_also_with_layers_computed_again_and_in_bfloat16(family):
     model = tiny(family, HEAD.get(family, "classify"))
     space, batch = make_space(model), example_batch(model)
-    u = noise(space)
     with ExitStack() as stack:
         fast, simple = both(stack, model, space, torch.float32)
-        wanted, kept = slopes(simple, batch, u), slopes(fast, batch, u)
+        kept = slopes(fast, batch, noise(space))
         with checkpointing(fast.model):
-            assert distance(slopes(fast, batch, u), kept) < 1e-6
-        with torch.autocast("cpu", torch.bfloat16):
-            off = [distance(slopes(gated, batch, u), wanted) for gated in (fast, simple)]
-        assert off[0] < 2 * off[1], "no rounding beyond that of the simple form"
+            assert distance(slopes(fast, batch, noise(space)), kept) < 1e-6
+        ratios = []
+        for u in (noise(space, seed) for seed in range(6)):  # one alone is off by up to three times either way
+            wanted = slopes(simple, batch, u)
+            with torch.autocast("cpu", torch.bfloat16):
+                off = [distance(slopes(gated, batch, u), wanted) for gated in (fast, simple)]
+            ratios.append(off[0] / off[1])
+        assert median(ratios) < 2, "no rounding beyond that of the simple form"
 
 
 @pytest.mark.parametrize("order", ["first", "second", "central", "exact"])

@@ -259,6 +259,8 @@ def test_prunings_show_the_share_they_kept(tmp_path):
     body = body_of(study_report(study, tmp_path / "reports"))
     assert "S3PET: mean p over 4 runs" in body and "first-order: mean share kept over 4 runs" in body
     assert body.count("Plotly.newPlot(") == 2 and "left out" not in body
+    body = body_of(study_report(replace(study, show=["heatmaps by task"]), tmp_path / "reports"))
+    assert re.search("S3PET, task glue.{1,6}cola: mean p over 2 runs", body) and body.count("Plotly.newPlot(") == 4
 
 
 def test_transfer_is_a_matrix(tmp_path):

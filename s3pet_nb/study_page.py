@@ -284,10 +284,10 @@ def _sweep_trace(part: pd.DataFrame, statistic: str, ends: tuple[float, float], 
 
 
 def _heights(part: pd.DataFrame, statistic: str) -> list[float]:
-    "Range of a panel: all points, and of the bars what does not make the points small."
+    "Range of a panel: all points with room for the middle one of the bars; longer bars may end outside."
     points = part[statistic]
     bars = part[["low", "high"]] if statistic == "mean" else pd.DataFrame({"low": points, "high": points})
-    room = 0.6 * (points.max() - points.min()) or 0.01
+    room = max(0.6 * (points.max() - points.min()), (bars.high - bars.low).median() / 2) or 0.01
     low, high = bars.low.fillna(points).min(), bars.high.fillna(points).max()
     low, high = max(low, points.min() - room) - room / 6, min(high, points.max() + room) + room / 6
     return [100 * low, 100 * high]

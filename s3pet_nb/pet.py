@@ -28,6 +28,7 @@ __all__ = ['PET_MODULES', 'Settings', 'Factors', 'PETModule', 'LoRA', 'BitFit', 
            'LowRankAdapter', 'Sparse', 'check_settings']
 
 # %% ../nbs/api/02_pet.ipynb #02-pet-003
+import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -92,6 +93,10 @@ class PETModule(nn.Module, ABC):
     def units(self) -> dict[str, Tensor]:
         "By weight: the unit (0, 1 …) of each entry, int64 on the CPU, broadcastable to the weight's shape."
         return {name: torch.zeros((), dtype=torch.int64, device="cpu") for name, _ in self.named_parameters()}
+
+    def dense(self) -> "PETModule":
+        "This module with all entries of its weights; those that are not kept are 0. Itself, where all are."
+        return self
 
     def pruned(self,
                masks: Mapping[str, Tensor],  # by weight, of its shape, bool: the entries that are kept
@@ -342,13 +347,24 @@ class Sparse(PETModule):
     def anchored(self) -> bool:
         return self._whole.anchored
 
-    def forward(self, h_in: Tensor | None, h_out: Tensor | None, z: Tensor) -> Tensor:
+    def _filled(self) -> dict[str, Tensor]:
+        "The weights of the whole module, by name."
         weights = {}
         for i, (name, kept) in enumerate(self.named_parameters()):
             shape = self._shapes[name]
             full = kept.new_zeros(shape.numel()).scatter(0, getattr(self, f"_index_{i}"), kept)
             weights[name] = full.view(shape)
-        return torch.func.functional_call(self._whole, weights, (h_in, h_out, z))
+        return weights
+
+    def dense(self) -> PETModule:
+        whole = copy.deepcopy(self._whole)
+        for name, weight in self._filled().items():
+            *path, last = name.split(".")
+            whole.get_submodule(".".join(path)).register_parameter(last, nn.Parameter(weight.detach()))
+        return whole
+
+    def forward(self, h_in: Tensor | None, h_out: Tensor | None, z: Tensor) -> Tensor:
+        return torch.func.functional_call(self._whole, self._filled(), (h_in, h_out, z))
 
 # %% ../nbs/api/02_pet.ipynb #02-pet-038
 Settings = Mapping[str, int | float | str]
@@ -358,7 +374,10 @@ def check_settings(
     module: str,  # a name in `PET_MODULES`
     settings: Settings,
 ) -> None:
-    "`UnknownName` for what there is not: module, setting, `init`; `ValueError` for a value of another type."
+    """`UnknownName` for what there is not: module, setting, `init`.
+
+    `ValueError` for a value of another type, and for a number that is not finite or not positive.
+    """
     known = dict(inspect.signature(PET_MODULES[module]).parameters)
     del known["position"]
     for name, value in settings.items():
@@ -367,5 +386,7 @@ def check_settings(
         wanted = type(known[name].default)
         if type(value) not in ((int, float) if wanted is float else (wanted,)):
             raise ValueError(f"{name} of {module} is {value!r}; give a value like {known[name].default!r}")
+        if wanted is not str and not 0 < value < 2 ** 53:
+            raise ValueError(f"{name} of {module} is {str(value)[:40]}; give a number above 0 that one can count to")
         if name == "init":
             _check_init(PET_MODULES[module], value)

@@ -37,7 +37,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .backbone import Position, head_parameters, positions
+from .backbone import Position, head_parameters, positions, shape_of
 from .budget import expected_size
 from .core import Registry, UnknownName, evaluating, n_params
 from .fuse import before_each_pass, fuse
@@ -171,6 +171,7 @@ class SearchSpace:
     family: str  # the backbone's
     backbone: str  # its name or folder, as it was loaded
     n_backbone: int  # parameters of the backbone, head included
+    shape: Mapping[str, tuple[int, int]]  # layers and width of each stack of the backbone
     rules: tuple[Rule, ...]  # what it was made from
 
     def __len__(self) -> int:
@@ -249,7 +250,8 @@ def make_space(
     if twice:
         raise ValueError(f"two rules give {twice[0]}; a candidate is there once, or with other settings")
     return SearchSpace(name, tuple(candidates), model.config.model_type,
-                       model.config.name_or_path or model.config.model_type, n_params(model), rules)
+                       model.config.name_or_path or model.config.model_type, n_params(model),
+                       shape_of(places), rules)
 
 # %% ../nbs/api/06_space.ipynb #06-space-025
 class GatedModel(nn.Module):

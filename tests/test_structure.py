@@ -176,10 +176,18 @@ def test_a_structure_comes_back_with_the_rules_of_its_space(tmp_path, space):
     assert sum('"path"' in line for line in lines) == len(again)
 
 
-def schema_2(path: Path) -> Path:
-    "A structure file as it was when every module was whole."
+def schema_3(path: Path) -> Path:
+    "A structure file as it was before the backbone's shape was in it."
     found().save(path)
     file = json.loads(path.read_text())
+    del file["shape"]
+    path.write_text(json.dumps(file | {"schema": 3}))
+    return path
+
+
+def schema_2(path: Path) -> Path:
+    "A structure file as it was when every module was whole."
+    file = json.loads(schema_3(path).read_text())
     del file["masks"]
     for line in file["modules"]:
         del line["of"], line["score"]
@@ -197,8 +205,13 @@ def schema_1(path: Path, space: str) -> Path:
     return path
 
 
-def test_a_file_of_schema_2_loads(tmp_path):
-    assert Structure.load(schema_2(tmp_path / "structure.json")) == found()
+@pytest.mark.parametrize("older", [schema_2, schema_3])
+def test_a_file_without_a_shape_loads(tmp_path, older):
+    assert Structure.load(older(tmp_path / "structure.json")) == replace(found(), shape={})
+
+
+def test_a_file_of_schema_2_has_neither_parts_nor_masks(tmp_path):
+    schema_2(tmp_path / "structure.json")
     text = (tmp_path / "structure.json").read_text()
     for old, new in [('"n": 16', '"n": 16, "of": 32'), ('"space"', '"masks": null, "space"')]:
         (tmp_path / "structure.json").write_text(text.replace(old, new, 1))
@@ -217,13 +230,14 @@ def test_a_file_of_schema_1_loads_and_applies(tmp_path, space, rules):
 
 
 @pytest.mark.parametrize("old, new, says", [
-    ('"schema": 3', '"schema": 4', "neither of schema 3"),
-    ('"schema": 3', '"schema": 1', "neither of schema 3"),
-    ('"schema": 3', '"schema": true', "neither of schema 3"),
-    ('"schema": 3', '"schema": 2', "fields masks are not as expected"),
+    ('"schema": 4', '"schema": 5', "neither of schema 2 to 4"),
+    ('"schema": 4', '"schema": 1', "neither of schema 2 to 4"),
+    ('"schema": 4', '"schema": true', "neither of schema 2 to 4"),
+    ('"schema": 4', '"schema": 3', "fields shape are not as expected"),
+    ('"schema": 4', '"schema": 2', "fields masks, shape are not as expected"),
     ('"masks": null', '"masks": 3', "masks is '3', which is of the wrong type"),
     ('"of": ', '"of": 1', "in part and there are no masks"),
-    ('"score": null', '"score": NaN', "score is nan"),
+    ('"score": null', '"score": NaN', "NaN is no number of JSON"),
     ('"score": null', '"score": true', "score is 'True', which is of the wrong type"),
     ('"module": "lora", "roles"', '"module": "lorra", "roles"', "unknown PET module 'lorra'"),
     ('"roles": ["q"', '"roles": ["query"', "unknown role 'query'"),
@@ -235,7 +249,7 @@ def test_a_file_of_schema_1_loads_and_applies(tmp_path, space, rules):
     ('"settings": {"r": 2}', '"settings": [2]', "settings is"),
     ('"settings": {"r": 2}}', '"settings": {"r": 2}, "more": 1}', "fields more are not as expected"),
     ('"rules": [', '"rules": [3, ', "fields are missing"),
-    ('"rules": [', '"rule": [', "neither of schema 3")])
+    ('"rules": [', '"rule": [', "neither of schema 2 to 4")])
 def test_rules_in_a_file_are_checked(tmp_path, old, new, says):
     path = tmp_path / "structure.json"
     found(RULES).save(path)

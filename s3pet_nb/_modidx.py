@@ -927,6 +927,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  's3pet_nb.search.Stepper.step': ('api/search.html#stepper.step', 's3pet_nb/search.py'),
                                  's3pet_nb.search.describe': ('api/search.html#describe', 's3pet_nb/search.py'),
                                  's3pet_nb.search.evaluate_gated': ('api/search.html#evaluate_gated', 's3pet_nb/search.py'),
+                                 's3pet_nb.search.leaning': ('api/search.html#leaning', 's3pet_nb/search.py'),
                                  's3pet_nb.search.negative_loss': ('api/search.html#negative_loss', 's3pet_nb/search.py'),
                                  's3pet_nb.search.pack': ('api/search.html#pack', 's3pet_nb/search.py'),
                                  's3pet_nb.search.search': ('api/search.html#search', 's3pet_nb/search.py')},

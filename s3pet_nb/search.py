@@ -22,7 +22,7 @@ does."""
 
 # %% auto #0
 __all__ = ['SMALL', 'ALPHAS', 'SEARCH_ORDERS', 'LOOKS', 'SearchConfig', 'Packed', 'pack', 'Stepper', 'SearchResult', 'SearchStep',
-           'describe', 'LogGates', 'EarlyStop', 'Pairs', 'negative_loss', 'evaluate_gated', 'search']
+           'describe', 'LogGates', 'EarlyStop', 'Pairs', 'negative_loss', 'evaluate_gated', 'search', 'leaning']
 
 # %% ../nbs/api/13_search.ipynb #13-search-003
 from collections.abc import Callable, Iterable, Iterator
@@ -278,6 +278,7 @@ class SearchStep:
             raise ValueError("order 'exact' differentiates twice, which torch.compile cannot; "
                              "choose another order, or do not compile")
         self.gated, self.B, self.order, self.config = gated, B, order, config
+        self.start = gated.alpha.tolist()
         self.forward = config.compute.compiled(gated)
         self.gate = gated.gate
         self.measure = "second" if config.compute.precision == "float32" else "central"
@@ -345,7 +346,7 @@ class SearchStep:
 
     def about(self) -> dict:
         "The question that this search answers, to compare with a checkpoint's."
-        return {"budget": self.B, "order": self.order, "config": asdict(self.config),
+        return {"budget": self.B, "order": self.order, "config": asdict(self.config), "start": self.start,
                 "gate": [repr(self.gate.at(progress)) for progress in (0.0, 0.5, 1.0)],
                 "candidates": [candidate.name for candidate in self.gated.space.candidates]}
 
@@ -511,6 +512,7 @@ def search(
     order: str = "auto",  # of the hypergradient: "first", "second", "central", "exact" or "auto"
     score: Callable[[nn.Module, Iterable], float] = negative_loss,  # higher is better
     config: SearchConfig = SearchConfig(),
+    alpha: Tensor | None = None,  # (N,) at the start, such as `leaning` gives; zeros if None
     callbacks: Iterable[Callback] = (Progress(),),  # such as EarlyStop()
     log: Log | None = None,
     checkpoint: Checkpoint | None = None,  # goes on from what it finds, and saves
@@ -527,6 +529,8 @@ def search(
         stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(config.seed)
         gated.train(config.dropout)
+        if alpha is not None:
+            gated.alpha.data.copy_(alpha)
         if config.compute.gradient_checkpointing:
             stack.enter_context(checkpointing(model))
         step, gates = SearchStep(gated, B, order, config), LogGates(gated, B, config.evaluate_every)
@@ -538,3 +542,18 @@ def search(
     best = evaluate.kept_step
     return SearchResult(space, gates.history[best], best, B, order, config.seed, learner.step,
                         evaluate.scores, gates.history, step.passes, learner.seconds, config.steps, gate)
+
+# %% ../nbs/api/13_search.ipynb #13-search-042
+def leaning(
+    space: SearchSpace,
+    structure: Structure,  # on a backbone of the same shape
+    strength: float = 2.0,  # alpha of what it keeps: by how much the log-odds are ahead, where tau = 1
+) -> Tensor:
+    "Alphas (N,) to begin a search with; `ValueError` if the structure keeps nothing of the space."
+    kept = {(module.stack, module.layer, module.role, module.module) for module in structure.modules}
+    found = torch.tensor([(c.position.stack, c.position.layer, c.position.role, c.module) in kept
+                          for c in space.candidates])
+    if not found.any():
+        raise ValueError(f"no module of this structure is in space {space.name!r}; "
+                         "search in a space of its rules, or begin from nothing")
+    return strength * found.double()

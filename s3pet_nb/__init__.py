@@ -9,6 +9,7 @@
 - `s3pet_nb.cluster`: The same study on a Ray cluster: one remote task per run, results on shared storage or brought back
 - `s3pet_nb.core`: A registry, seeding, counting: the small things that every other module leans on
 - `s3pet_nb.explore`: Finished runs side by side: one search under any budget, structures compared, averages and sweeps
+- `s3pet_nb.export`: A trained structure as one checkpoint of stock PEFT, folded into a plain model, and back
 - `s3pet_nb.form`: How a model is asked a row of a task, and how its answer is read
 - `s3pet_nb.fuse`: The fast form of an open supernet: what all modules add, in a few products
 - `s3pet_nb.gate`: From structural parameters to activation probabilities and gate samples: alpha, p, z

@@ -26,6 +26,7 @@
 - `s3pet_nb.rows`: Rows of text: read from files or the hub, checked, compared and split
 - `s3pet_nb.run`: Execute a template notebook into a run folder
 - `s3pet_nb.search`: S3PET: which modules deserve the budget, learned by gradient
+- `s3pet_nb.share`: A trained structure as two small files: save, load, push to the hub and bring back
 - `s3pet_nb.space`: The candidates of a search, and a backbone that carries them all behind gates
 - `s3pet_nb.store`: The run folder: what was asked, what happened, what was found
 - `s3pet_nb.structure`: What a search finds: a set of modules within the budget, as a small file that diffs well

@@ -1,0 +1,149 @@
+"A trained structure as files: what is torn or foreign is refused, the card is text, the hub gets four files."
+import re
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from s3pet_nb.backbone import example_batch, tiny
+from s3pet_nb.core import write_text
+from s3pet_nb.share import DELTA, card, from_hub, load, push_to_hub, read, save
+from s3pet_nb.space import make_space
+from s3pet_nb.store import Run
+from s3pet_nb.structure import Structure, select
+from s3pet_nb.train import TrainConfig, finetune, retrain
+
+NASTY = "<img src=x onerror=alert(1)> | `x` {y}\n# z"
+
+
+def training(**about):
+    model = tiny("bert")
+    space = make_space(model)
+    p = torch.rand(len(space), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = Structure.of(space, select(p, space.n, 300), p, **{"task": "rte", "budget": 300, "method": "s3pet"} | about)
+    data = [example_batch(model, seed=seed) for seed in range(2)]
+    config = TrainConfig(3, lr=1e-2, evaluate_every=3)
+    return model, data, retrain(model, found, data, data, config=config, callbacks=[])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save(tmp_path / "run", training()[2], "classify")
+    return tmp_path / "run"
+
+
+def reach(folder: Path, change) -> None:
+    "Write the weights anew, with other tensors or metadata."
+    with safetensors.safe_open(folder / DELTA, "pt") as file:
+        told, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    change(told, tensors)
+    safetensors.torch.save_file(tensors, folder / DELTA, told)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda told, tensors: told.pop("holds"), "its metadata are not those of trained weights"),
+    (lambda told, tensors: told.update(seed="-1"), "its metadata are not"),
+    (lambda told, tensors: told.update(seed="9" * 40), "its metadata are not"),
+    (lambda told, tensors: told.update(head="../x"), "its metadata are not"),
+    (lambda told, tensors: told.update(n_labels="two"), "its metadata are not"),
+    (lambda told, tensors: told.update(structure="0" * 64), "of another structure than the one beside"),
+    (lambda told, tensors: tensors.update(more=torch.zeros(10 ** 6)), "1,000,288 weights, and the structure 288"),
+    (lambda told, tensors: tensors.pop(next(name for name in tensors if not name.startswith("head."))),
+     "and the structure 288")])
+def test_weights_that_do_not_belong_are_refused(folder, change, says):
+    reach(folder, change)
+    with pytest.raises(ValueError, match=f"{DELTA} cannot be used: .*{says}"):
+        read(folder)
+
+
+@pytest.mark.parametrize("end", [0, 7, 200, -1])
+def test_torn_weights_are_refused(folder, end):
+    content = (folder / DELTA).read_bytes()
+    (folder / DELTA).write_bytes(content[:end])
+    with pytest.raises(ValueError, match="cannot be used"):
+        read(folder)
+    (folder / DELTA).unlink()
+    with pytest.raises(FileNotFoundError, match="give the folder of a run that is done"):
+        read(folder)
+
+
+def test_names_of_weights_that_the_model_has_not_are_refused_when_they_are_put_on(folder):
+    reach(folder, lambda told, tensors: tensors.update({"head.other": tensors.pop("head.classifier.weight")}))
+    model = tiny("bert")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match="belong to another structure"), load(model, folder):
+        pass
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_model_that_was_trained_whole_is_no_structure(tmp_path):
+    model, data, _ = training()
+    whole = finetune(model, data, data, config=TrainConfig(1, evaluate_every=1), callbacks=[])
+    with pytest.raises(ValueError, match="the whole model was trained; save it with its own save_pretrained"):
+        save(tmp_path / "run", whole, "classify")
+
+
+def test_a_card_is_text_whatever_names_there_are(tmp_path):
+    model, _, trained = training(task=" ".join(NASTY.split()))
+    save(tmp_path / "run", trained, "classify")
+    run = Run(tmp_path / "run")
+    run.save_result({"metric": NASTY, "rows": [
+        {"label": NASTY, "n_params": 288, "validation": 0.5, "test": None},
+        {"label": "random-1", "n_params": 280, "validation": 0.25, "test": 0.125}]})
+    text = card(tmp_path / "run", 'me/"x"')
+    assert "<img" not in text and "&lt;img src=x onerror=alert(1)&gt; &#124; &#96;x&#96; {y} # z" in text
+    assert not re.search(r"^# z", text, re.M)
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head["library_name"] == "s3pet_nb" and head["base_model"] == "bert"
+    assert "| random-1 " in text and "0.1250" in text
+    sizes = sum(int(n.replace(",", "")) for line in text.split("## Where they are")[1].split("##")[0].splitlines()
+                if line.startswith("| encoder") for n in re.findall(r"[·░▒▓█] ([\d,]+)", line))
+    assert sizes == trained.structure.n_params
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+
+
+def test_the_hub_gets_our_files_and_the_card_and_gives_them_back(folder, tmp_path, monkeypatch):
+    "The hub is a folder here: what is uploaded lies in it, what is downloaded is what the patterns ask for."
+    hub = tmp_path / "hub"
+
+    def create_repo(repo_id, private, exist_ok):
+        assert private and exist_ok
+        (hub / repo_id).mkdir(parents=True, exist_ok=True)
+        return f"https://hub/{repo_id}"
+
+    def upload_folder(repo_id, folder_path, commit_message):
+        shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
+
+    def snapshot_download(repo_id, revision, allow_patterns):
+        here = tmp_path / "cache" / (revision or "main")
+        here.mkdir(parents=True)
+        for name in allow_patterns:
+            if (hub / repo_id / name).exists():
+                shutil.copyfile(hub / repo_id / name, here / name)
+        return str(here)
+
+    for function in create_repo, upload_folder, snapshot_download:
+        monkeypatch.setattr(huggingface_hub, function.__name__, function)
+    (folder / "log.jsonl").write_text("{}")
+    assert push_to_hub(folder, "me/rte") == "https://hub/me/rte"
+    assert sorted(path.name for path in (hub / "me/rte").iterdir()) == ["README.md", DELTA, "structure.json"]
+    (hub / "me/rte" / "evil.py").write_text("raise SystemExit")
+    here = from_hub("me/rte", revision="v1")
+    assert sorted(path.name for path in here.iterdir()) == [DELTA, "structure.json"]
+    model, batch = tiny("bert"), example_batch(tiny("bert"))
+    with load(model, here) as mine, torch.no_grad():
+        logits = mine(**batch).logits
+    with load(model, folder) as gated, torch.no_grad():
+        assert torch.equal(gated(**batch).logits, logits)
+
+
+def test_nothing_is_sent_of_a_folder_that_does_not_hold_together(folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *given, **more: pytest.fail("sent"))
+    write_text(folder / "structure.json", (folder / "structure.json").read_text().replace('"rte"', '"cola"'))
+    with pytest.raises(ValueError, match="of another structure"):
+        push_to_hub(folder, "me/rte")

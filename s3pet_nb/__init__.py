@@ -5,7 +5,7 @@
 - `s3pet_nb.batch`: Rows become batches, and a model's answers become a score
 - `s3pet_nb.bilevel`: The gradient of the structural parameters through one step of the modules they gate
 - `s3pet_nb.budget`: Expected size of a search, and the shift of the gates that keeps it within the budget
-- `s3pet_nb.cli`: The commands: s3pet demo, search, prune, study, tasks, lab and report
+- `s3pet_nb.cli`: The commands: s3pet demo, search, prune, study, tasks, lab, export, transfer and report
 - `s3pet_nb.cluster`: The same study on a Ray cluster: one remote task per run, results on shared storage or brought back
 - `s3pet_nb.core`: A registry, seeding, counting: the small things that every other module leans on
 - `s3pet_nb.explore`: Finished runs side by side: one search under any budget, structures compared, averages and sweeps

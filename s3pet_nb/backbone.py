@@ -277,7 +277,8 @@ def example_batch(
     "Random token ids (size, length), a full attention mask, and labels that give `model` a loss."
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, model.config.vocab_size, (size, length), generator=generator)
-    ids[:, -1] = model.config.eos_token_id if model.config.eos_token_id is not None else 3
+    end = model.config.eos_token_id
+    ids[:, -1] = end[0] if isinstance(end, list) else 3 if end is None else end
     generates = not type(model).__name__.endswith("ForSequenceClassification")
     labels = ids.clone() if generates else torch.arange(size) % model.config.num_labels
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

@@ -387,6 +387,6 @@ def check_settings(
         if type(value) not in ((int, float) if wanted is float else (wanted,)):
             raise ValueError(f"{name} of {module} is {value!r}; give a value like {known[name].default!r}")
         if wanted is not str and not 0 < value < 2 ** 53:
-            raise ValueError(f"{name} of {module} is {str(value)[:40]}; give a number above 0 that one can count to")
+            raise ValueError(f"{name} of {module} is {str(value)[:40]}; give a number above 0, below 2**53")
         if name == "init":
             _check_init(PET_MODULES[module], value)

@@ -549,7 +549,10 @@ def leaning(
     structure: Structure,  # on a backbone of the same shape
     strength: float = 2.0,  # alpha of what it keeps: by how much the log-odds are ahead, where tau = 1
 ) -> Tensor:
-    "Alphas (N,) to begin a search with; `ValueError` if the structure keeps nothing of the space."
+    "Alphas (N,) to begin a search with; `ValueError` for another shape, or if nothing of it is in the space."
+    if structure.shape and structure.shape != space.shape:
+        raise ValueError(f"this structure was found on a backbone of another shape, {structure.shape}; "
+                         "transfer it to this one first")
     kept = {(module.stack, module.layer, module.role, module.module) for module in structure.modules}
     found = torch.tensor([(c.position.stack, c.position.layer, c.position.role, c.module) in kept
                           for c in space.candidates])

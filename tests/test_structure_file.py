@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from s3pet_nb.backbone import tiny
+from s3pet_nb.prune import random_units
 from s3pet_nb.space import LINEAR, NORM, Rule, make_space
-from s3pet_nb.structure import LARGEST, SCHEMA, Structure
+from s3pet_nb.structure import LARGEST, LARGEST_MASKS, SCHEMA, Structure
 
 RULES = (Rule("lora", LINEAR, {"r": 2}), Rule("bitfit", NORM), Rule("lowrank_adapter", "ffn", {"init": "glorot"}))
 
@@ -96,6 +97,8 @@ def test_every_field_refuses_what_it_is_not(path, text):
     ('"masks": null', '"masks": "../../secret"', "masks is '../../secret'; it is the SHA-256"),
     ('"shape": {"encoder": [2, 16]}', '"shape": {"encoder": [2, -16]}', "the shape of stack 'encoder'"),
     ('"shape": {"encoder": [2, 16]}', '"shape": {"../": [2, 16]}', "the shape of stack '../'"),
+    ('"shape": {"encoder": [2, 16]}', '"shape": {"decoder": [2, 16]}', "encoder.0.q.lora(r=2) is in no layer of"),
+    ('"shape": {"encoder": [2, 16]}', '"shape": {"encoder": [1, 16]}', "encoder.1.q.lora(r=2) is in no layer"),
     (f'"schema": {SCHEMA}', '"schema": [4]', "neither of schema")])
 def test_what_is_wrong_is_said(path, text, old, new, says):
     assert old in text
@@ -200,3 +203,21 @@ def test_a_structure_of_every_module_of_a_large_model_is_far_below_the_limit(tmp
     space = make_space(model, "exportable")
     Structure.of(space, torch.ones(len(space), dtype=torch.bool)).save(tmp_path / "structure.json")
     assert (tmp_path / "structure.json").stat().st_size < LARGEST / 10
+
+
+def test_a_module_larger_than_its_backbone_is_refused_before_anything_is_built(path, text):
+    n = 10 ** 10 * 32
+    path.write_text(text.replace('"settings": {"r": 2}, "n": 64, "of": 64',
+                                 f'"settings": {{"r": {10 ** 10}}}, "n": {n}, "of": {n}', 1))
+    with pytest.raises(ValueError, match="has no place of its size"):
+        with Structure.load(path).apply(tiny("bert")):
+            pass
+
+
+def test_masks_larger_than_any_are_not_read(tmp_path):
+    space = make_space(tiny("bert"), RULES)
+    random_units(space, 300, "unstructured", 0).save(tmp_path / "structure.json")
+    with open(tmp_path / "structure.safetensors", "r+b") as file:
+        file.truncate(LARGEST_MASKS + 1)
+    with pytest.raises(ValueError, match="does not hold the masks of .*: it has more than 100,000,000 bytes"):
+        Structure.load(tmp_path / "structure.json")

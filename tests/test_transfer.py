@@ -196,3 +196,16 @@ def test_a_transferred_structure_comes_back_from_its_file(tmp_path):
     moved.save(tmp_path / "structure.json")
     assert Structure.load(tmp_path / "structure.json") == moved
     assert all(kept.module in PET_MODULES for kept in moved.modules) and moved.family == "gpt2"
+
+
+def test_a_part_of_a_module_has_no_place_where_widths_are_turned():
+    space = make_space(tiny("bert"), [Rule("lora", "wi", {"r": 2})])
+    masks = {f"{c.name}.{name}": torch.zeros(shape, dtype=torch.bool) for c in space.candidates
+             for name, shape in c.shapes.items()}
+    for mask in masks.values():
+        mask.view(-1)[:5] = True
+    found = Structure.pruned(space, masks)
+    turned = tiny("bert", intermediate_size=16, hidden_size=32)
+    assert make_space(turned, space.rules).n.equal(space.n)
+    with pytest.raises(ValueError, match="no module of this structure has a place"):
+        found.transfer(turned, 10_000)

@@ -1,6 +1,7 @@
 "Structures in stock PEFT, in plain models and back; what cannot go there is refused and leaves nothing behind."
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -146,9 +147,10 @@ def test_a_checkpoint_holds_our_weights_bit_for_bit_and_what_it_adds_is_nothing(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_comes_back_as_the_structure_that_it_was(exported, name):
     model, run, _, here = exported[name]
-    again = from_peft(model, here / "peft", task="made up")
+    assert from_peft(model, here / "peft") == run.structure
+    foreign = shutil.copytree(here / "peft", here / "foreign", ignore=lambda *_: ["export.json", "structure.json"])
+    again = from_peft(model, foreign, task="made up")
     assert again.jaccard(run.structure) == 1 and again.n_params == run.structure.n_params
-    assert Structure.load(here / "peft" / "structure.json") == run.structure
     assert again.method == "peft" and again.shape == run.structure.shape
 
 
@@ -254,11 +256,61 @@ def test_a_head_that_writes_words_can_have_a_bias(tmp_path):
     assert not any("wte" in name for name in names)
 
 
-def test_a_model_in_bf16_is_held_to_its_own_rounding(tmp_path):
+def whole(model: transformers.PreTrainedModel, space: str | list = "exportable") -> Structure:
+    space = make_space(model, space)
+    return Structure.of(space, torch.ones(len(space), dtype=torch.bool))
+
+
+def noise(model: transformers.PreTrainedModel, structure: Structure, std: float = 0.05) -> dict[str, torch.Tensor]:
+    "Weights as if trained, none of them zero."
+    with structure.apply(model) as gated:
+        torch.manual_seed(0)
+        for weight in gated.trainable().values():
+            nn.init.normal_(weight, std=std)
+        return gated.tensors()
+
+
+def test_a_model_in_bf16_is_compared_in_float32(tmp_path, monkeypatch):
     model = backbone("bert").to(torch.bfloat16)
+    structure = whole(model)
+    tensors = noise(model, structure)
+    assert to_peft(model, structure, tmp_path / "peft", tensors).difference <= 1e-5
+    merged = merge(model, structure, tensors)
+    assert merged.dtype == model.dtype == torch.bfloat16
+    monkeypatch.setattr(export, "_note", lambda *given: None)
+    with pytest.raises(RuntimeError, match="logits differ by"):
+        merge(model, structure, tensors)
+    with pytest.raises(RuntimeError, match="logits differ by|were counted"):
+        to_peft(model, structure, tmp_path / "other", tensors)
+
+
+def test_a_deep_model_may_round_more(tmp_path):
+    model = tiny("llama", "causal", hidden_size=256, intermediate_size=512, num_hidden_layers=32, num_attention_heads=4,
+                 head_dim=64, vocab_size=512)
+    structure = whole(model, [Rule("lora", LINEAR, {"r": 8})])
+    tensors = noise(model, structure, 0.08)
+    merge(model, structure, tensors)
+    assert to_peft(model, structure, tmp_path / "peft", tensors).n_params == structure.n_params
+
+
+def test_layers_are_told_apart_where_there_are_more_than_ten(tmp_path):
+    model = tiny("bert", num_hidden_layers=13)
     space = make_space(model, "exportable")
-    structure = Structure.of(space, torch.ones(len(space), dtype=torch.bool))
-    assert to_peft(model, structure, tmp_path / "peft").difference <= 0.05
+    structure = Structure.of(space, torch.tensor([c.position.layer in (1, 11) for c in space.candidates]))
+    said = to_peft(model, structure, tmp_path / "peft", noise(model, structure))
+    assert said.difference <= 1e-5 and said.n_params == structure.n_params
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_a_weight_that_two_modules_share_is_not_folded(name):
+    model = tiny(name, "causal" if name == "gpt2" else "seq2seq")
+    with pytest.raises(ValueError, match="lm_head has its weight together with another module"):
+        merge(model, whole(model, [Rule("lora", "lm_head")]))
+
+
+def test_a_model_with_several_ends_of_text_goes_along(tmp_path):
+    model = tiny("llama", "causal", eos_token_id=[1, 2, 5])
+    assert to_peft(model, whole(model), tmp_path / "peft").difference <= 1e-5
 
 
 @pytest.mark.parametrize("name, module", [("bert", "lowrank_adapter"), ("t5", "bitfit"), ("gpt2", "adapter")])
@@ -292,15 +344,44 @@ def test_a_module_of_ones_own_that_declares_itself_goes_along(tmp_path, monkeypa
     (lambda state, logits, changed: (dict(list(state.items())[1:]), logits, changed), "1 tensors are not as they"),
     (lambda state, logits, changed: ({key: part + 1 for key, part in state.items()}, logits, changed),
      "are not as they"),
-    (lambda state, logits, changed: (state, logits, changed[1:]), "PEFT changes other modules")])
+    (lambda state, logits, changed: (state, logits, dict(list(changed.items())[1:])), "PEFT changes other modules"),
+    (lambda state, logits, changed: (state, logits, {name: scale and 1.001 * scale for name, scale in changed.items()}),
+     "PEFT scales LoRA otherwise at bert")])
 def test_an_export_that_does_not_match_is_deleted(tmp_path, monkeypatch, spoil, says):
     model = backbone("bert")
-    space = make_space(model, "exportable")
-    structure = Structure.of(space, torch.ones(len(space), dtype=torch.bool))
+    structure = whole(model)
     honest = export._loaded
     monkeypatch.setattr(export, "_loaded", lambda *given: spoil(*honest(*given)))
     with pytest.raises(RuntimeError, match=says):
         to_peft(model, structure, tmp_path / "peft")
+    with pytest.raises(RuntimeError, match=says):
+        to_peft(model, structure, tmp_path / "new" / "deep" / "peft")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_exports_of_one_folder_do_not_mix(tmp_path, monkeypatch):
+    model, honest = backbone("bert"), export._loaded
+
+    def meanwhile(*given):
+        monkeypatch.setattr(export, "_loaded", honest)
+        to_peft(model, whole(model), tmp_path / "peft")
+        return honest(*given)
+
+    monkeypatch.setattr(export, "_loaded", meanwhile)
+    with pytest.raises(FileExistsError, match="was made by somebody else meanwhile; choose another folder"):
+        to_peft(model, whole(model), tmp_path / "peft")
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+    assert from_peft(model, tmp_path / "peft") == whole(model)
+
+
+def test_a_vector_that_two_modules_share_is_not_miscounted(tmp_path, monkeypatch):
+    class Shift(BitFit):
+        "A bias by another name."
+
+    monkeypatch.setitem(PET_MODULES._items, "shift", Shift)
+    model = backbone("bert")
+    with pytest.raises(RuntimeError, match="numbers, and .* were counted"):
+        to_peft(model, whole(model, [Rule("shift", "q"), Rule("bitfit", "q")]), tmp_path / "peft")
     assert not list(tmp_path.iterdir())
 
 
@@ -361,7 +442,8 @@ def test_what_stock_peft_trained_is_read_with_its_places(tmp_path):
 
 @pytest.mark.parametrize("given, says", [
     (dict(target_modules=["word_embeddings"]), "LoRA at bert.embeddings.word_embeddings, which is no product"),
-    (dict(target_modules=["query"], use_dora=True), "a checkpoint of DoRA"),
+    (dict(target_modules=["query"], use_dora=True), "it has use_dora; a structure can be made of plain LoRA"),
+    (dict(target_modules=["query"], trainable_token_indices=[1, 2]), "it has trainable_token_indices"),
     (dict(target_modules=["query"], bias="all"), "biases of the backbone"),
     (dict(target_modules=["query"], modules_to_save=["pooler"]), "bert.pooler is trained whole")])
 def test_what_is_no_structure_is_refused(given, says):
@@ -465,3 +547,53 @@ def test_a_run_of_another_space_says_what_peft_cannot_hold(demo, tmp_path):
 def trained_on_rows(model: transformers.PreTrainedModel, structure: Structure) -> TrainResult:
     data = [example_batch(model)]
     return retrain(model, structure, data, data, config=TrainConfig(1, evaluate_every=1), callbacks=[])
+
+
+def test_norms_alone_come_back_without_the_layer_that_does_nothing(tmp_path):
+    model = backbone("bert")
+    structure = whole(model, [Rule("lnfit", NORM)])
+    to_peft(model, structure, tmp_path / "peft", noise(model, structure))
+    (tmp_path / "peft" / "export.json").unlink()
+    assert from_peft(model, tmp_path / "peft").jaccard(structure) == 1
+
+
+def test_a_config_is_left_as_it_was_and_means_what_stock_peft_makes_of_it():
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="pissa")
+    for layers in 2, 3:
+        model = tiny("llama", "causal", num_hidden_layers=layers)
+        assert len(from_peft(model, config)) == 7 * layers
+    assert config.target_modules == "all-linear" and config.init_lora_weights == "pissa"
+    for name in "bert", "deberta-v2":
+        assert len(from_peft(backbone(name), LoraConfig(r=2, target_modules=["query", "query_proj"]))) == 2
+    given = dict(task_type="SEQ_CLS", target_modules=["query", "dense"], r=2)
+    stock = get_peft_model(backbone("roberta"), LoraConfig(**given))
+    names = {name.split(".lora_A")[0].removeprefix(PREFIX) for name, _ in stock.named_parameters() if "lora_A" in name}
+    assert {kept.path for kept in from_peft(backbone("roberta"), LoraConfig(**given)).modules} == names
+
+
+def test_a_checkpoint_that_cannot_be_read_is_refused(tmp_path):
+    model = get_peft_model(backbone("bert"), LoraConfig(r=2, target_modules=["query"]))
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    state = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({f"other.{name}": tensor for name, tensor in state.items()}, weights)
+    with pytest.raises(ValueError, match="its tensors have no base_model.model.bert.*they are of another model"):
+        from_peft(backbone("bert"), tmp_path)
+    weights.write_bytes(weights.read_bytes()[:40])
+    with pytest.raises(ValueError, match="is no PEFT checkpoint that can be read"):
+        from_peft(backbone("bert"), tmp_path)
+    weights.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="no adapter_model.safetensors in"):
+        from_peft(backbone("bert"), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{")
+    weights.write_bytes(b"")
+    with pytest.raises(ValueError, match="is no PEFT checkpoint that can be read"):
+        from_peft(backbone("bert"), tmp_path)
+
+
+def test_a_search_leans_on_no_structure_of_another_shape():
+    found = whole(tiny("bert", num_hidden_layers=12))
+    space = make_space(tiny("bert"), "exportable")
+    with pytest.raises(ValueError, match="of another shape, .*; transfer it to this one first"):
+        leaning(space, found)
+    assert leaning(space, found.transfer(tiny("bert"))).any()

@@ -26,7 +26,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ import yaml
 from torch import Tensor
 
 from .backbone import HEADS, PACKAGED
-from .core import write_bytes
+from .core import UnknownName, write_bytes
 from .space import GatedModel
 from .store import Run
 from .structure import Structure
@@ -80,6 +81,9 @@ def save(
     "Write a trained structure; `ValueError` where the whole model was trained."
     if trained.structure is None:
         raise ValueError("the whole model was trained; save it with its own save_pretrained")
+    if head not in HEADS:
+        raise UnknownName("head", head, HEADS)
+    _check_labels(n_labels, {name: tensor.shape for name, tensor in trained.tensors.items()})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     trained.structure.save(folder / "structure.json")
@@ -87,6 +91,13 @@ def save(
             "n_labels": str(n_labels)}
     tensors = {name: tensor.contiguous() for name, tensor in trained.tensors.items()}
     write_bytes(folder / DELTA, safetensors.torch.save(tensors, told))
+
+
+def _check_labels(n_labels: int, shapes: Mapping[str, Sequence[int]]) -> None:
+    "`ValueError` unless the head, if there is one, has so many outputs."
+    widths = {shape[0] for name, shape in shapes.items() if name.startswith("head.") and len(shape)}
+    if widths and n_labels not in widths:
+        raise ValueError(f"n_labels is {n_labels}, and its head has no weight of so many rows")
 
 
 def _sum(folder: Path) -> str:
@@ -112,19 +123,20 @@ def read(
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
             _check(told, _sum(folder), structure, shapes)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (ValueError, safetensors.SafetensorError) as wrong:
+    except (ValueError, OSError, safetensors.SafetensorError) as wrong:
         raise ValueError(f"{folder / DELTA} cannot be used: {wrong}") from wrong
     return Tuned(structure, tensors, int(told["seed"]), told["head"], int(told["n_labels"]))
 
 
 def _check(told: Mapping[str, str], digest: str, structure: Structure,
-           shapes: Mapping[str, list[int]]) -> None:
+           shapes: Mapping[str, Sequence[int]]) -> None:
     "`ValueError` unless the weights belong to the structure."
     if told.get("holds") != HOLDS or told.get("head") not in HEADS or not all(
             told.get(name, "").isdecimal() and len(told[name]) < 16 for name in ("seed", "n_labels")):
         raise ValueError("its metadata are not those of trained weights")
     if told.get("structure") != digest:
         raise ValueError("its weights are of another structure than the one beside")
+    _check_labels(int(told["n_labels"]), shapes)
     n = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("head."))
     if n != structure.n_params:
         raise ValueError(f"it has {n:,} weights, and the structure {structure.n_params:,}")
@@ -141,8 +153,22 @@ SHADES = "·░▒▓█"  # of p, from 0 to 1
 
 
 def _text(value: object) -> str:
-    "A value as text in a cell of a Markdown table."
-    return html.escape(" ".join(str(value).split())).replace("|", "&#124;").replace("`", "&#96;")
+    "A value as text in a cell of a Markdown table; – for None."
+    told = html.escape(" ".join(str("–" if value is None else value).split()))
+    return re.sub(r"[\[\]|`!*_\\~#]", lambda sign: f"&#{ord(sign[0])};", told)
+
+
+def _number(value: object, form: str) -> str:
+    return format(value, form) if type(value) in (int, float) else "–"
+
+
+def _on_hub(backbone: str) -> bool:
+    "Whether a backbone's name can be one of the hub."
+    try:
+        huggingface_hub.utils.validate_repo_id(backbone)
+    except huggingface_hub.errors.HFValidationError:
+        return False
+    return backbone not in PACKAGED and not Path(backbone).exists()
 
 
 def _heatmap(structure: Structure) -> str:
@@ -159,12 +185,14 @@ def _heatmap(structure: Structure) -> str:
 
 def _scores(result: Mapping) -> str:
     "What a run compared, as a Markdown table; nothing where there is no result."
-    rows = [{"structure": _text(row["label"]), "parameters": row["n_params"], "validation": row["validation"],
-             "test": row.get("test")} for row in result.get("rows", [])]
+    rows = [{"structure": _text(row.get("label")), "parameters": _number(row.get("n_params"), ","),
+             "validation": _number(row.get("validation"), ".4f"), "test": _number(row.get("test"), ".4f")}
+            for row in result.get("rows") or []]
     if not rows:
         return ""
-    table = pd.DataFrame(rows).to_markdown(index=False, floatfmt=".4f", intfmt=",", missingval="–")
-    return f"## Scores\n\n{_text(result.get('metric', 'score'))}; trained on the same batches.\n\n{table}\n\n"
+    right = ("left", "right", "right", "right")
+    table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=right)
+    return f"## Scores\n\n{_text(result.get('metric'))}; trained on the same batches.\n\n{table}\n\n"
 
 
 def card(
@@ -176,13 +204,14 @@ def card(
     structure = tuned.structure
     kinds = sorted({kept.module for kept in structure.modules})
     about = {"library_name": "s3pet_nb", "tags": ["parameter-efficient-tuning", *kinds]}
-    if structure.backbone not in PACKAGED and not Path(structure.backbone).is_absolute():
+    if _on_hub(structure.backbone):
         about["base_model"] = structure.backbone
     facts = {"task": structure.task, "backbone": structure.backbone, "budget": structure.budget,
              "parameters": structure.n_params,
              "share of the backbone": f"{structure.n_params / structure.n_backbone:.2e}",
              "method": structure.method, "seed": structure.seed, "s3pet_nb": structure.version}
-    told = "\n".join(f"| {name} | {_text(value or '–')} |" for name, value in facts.items())
+    told = "\n".join(f"| {name} | {_text(value)} |" for name, value in facts.items())
+    answer = "tuned.generate" if tuned.head == "seq2seq" else "tuned"
     title = f"{_text(structure.task or structure.method)}: {structure.n_params:,} parameters"
     return f"""---
 {yaml.safe_dump(about, sort_keys=False)}---
@@ -207,7 +236,7 @@ from s3pet_nb.share import from_hub, load
 
 model, tokenizer = load_backbone({structure.backbone!r}, {tuned.head!r}, {tuned.n_labels})
 with load(model, from_hub({repo_id!r})) as tuned:
-    print(tuned(**tokenizer("a text", return_tensors="pt")))
+    print({answer}(**tokenizer("a text", return_tensors="pt")))
 ```
 """
 

@@ -1,6 +1,7 @@
 "A trained structure as files: what is torn or foreign is refused, the card is text, the hub gets four files."
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -17,7 +18,7 @@ from s3pet_nb.store import Run
 from s3pet_nb.structure import Structure, select
 from s3pet_nb.train import TrainConfig, finetune, retrain
 
-NASTY = "<img src=x onerror=alert(1)> | `x` {y}\n# z"
+NASTY = "<img src=x onerror=alert(1)> | `x` {y}\n# z ![i](https://evil.example/t.png) [l](https://evil.example) **b**"
 
 
 def training(**about):
@@ -51,6 +52,7 @@ def reach(folder: Path, change) -> None:
     (lambda told, tensors: told.update(head="../x"), "its metadata are not"),
     (lambda told, tensors: told.update(n_labels="two"), "its metadata are not"),
     (lambda told, tensors: told.update(structure="0" * 64), "of another structure than the one beside"),
+    (lambda told, tensors: told.update(n_labels="3000000"), "its head has no weight of so many rows"),
     (lambda told, tensors: tensors.update(more=torch.zeros(10 ** 6)), "1,000,288 weights, and the structure 288"),
     (lambda told, tensors: tensors.pop(next(name for name in tensors if not name.startswith("head."))),
      "and the structure 288")])
@@ -93,13 +95,15 @@ def test_a_card_is_text_whatever_names_there_are(tmp_path):
     run = Run(tmp_path / "run")
     run.save_result({"metric": NASTY, "rows": [
         {"label": NASTY, "n_params": 288, "validation": 0.5, "test": None},
+        {"n_params": NASTY, "validation": NASTY, "test": [NASTY]},
         {"label": "random-1", "n_params": 280, "validation": 0.25, "test": 0.125}]})
     text = card(tmp_path / "run", 'me/"x"')
-    assert "<img" not in text and "&lt;img src=x onerror=alert(1)&gt; &#124; &#96;x&#96; {y} # z" in text
-    assert not re.search(r"^# z", text, re.M)
+    assert "<img" not in text and "](https" not in text and "**b" not in text
+    assert "&lt;img src=x onerror=alert(1)&gt; &#124; &#96;x&#96; {y} &#35; z" in text
+    assert not re.search(r"^# z", text, re.M) and "| seed | 0 |" in text
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["library_name"] == "s3pet_nb" and head["base_model"] == "bert"
-    assert "| random-1 " in text and "0.1250" in text
+    assert "| random-1 " in text and "0.1250" in text and re.search(r"\| +– \| +– \| +– \|", text)
     sizes = sum(int(n.replace(",", "")) for line in text.split("## Where they are")[1].split("##")[0].splitlines()
                 if line.startswith("| encoder") for n in re.findall(r"[·░▒▓█] ([\d,]+)", line))
     assert sizes == trained.structure.n_params
@@ -147,3 +151,19 @@ def test_nothing_is_sent_of_a_folder_that_does_not_hold_together(folder, monkeyp
     write_text(folder / "structure.json", (folder / "structure.json").read_text().replace('"rte"', '"cola"'))
     with pytest.raises(ValueError, match="of another structure"):
         push_to_hub(folder, "me/rte")
+
+
+def test_what_would_not_be_read_is_not_written(tmp_path):
+    model, _, trained = training()
+    for given, says in ((("classification",), "unknown head 'classification'; did you mean 'classify'"),
+                        (("classify", 3), "n_labels is 3, and its head has no weight of so many rows")):
+        with pytest.raises((ValueError, LookupError), match=says):
+            save(tmp_path / "run", trained, *given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("backbone", ["/home/me/bert", "./my/bert", "minilm", "a b", "a/b/c"])
+def test_only_a_name_of_the_hub_is_a_base_model(tmp_path, backbone):
+    _, _, trained = training()
+    save(tmp_path / "run", replace(trained, structure=replace(trained.structure, backbone=backbone)), "classify")
+    assert "base_model" not in yaml.safe_load(card(tmp_path / "run", "me/x").split("---\n")[1])

@@ -183,12 +183,13 @@ def _digest(file: Path, *state: int) -> str:
 
 
 def _inputs(params: Mapping) -> str:
-    "What the files of rows and structures hold that the parameters `task`, `data_dir` and `structures` name."
+    "What the files of rows and structures hold that `task`, `data_dir`, `structures` and `start` name."
     tasks = [params.get("task") or "", *(params.get("targets") or [])]
     named = [Path(params.get(DATA_DIR) or "", task) for task in tasks]
     named = [place for place in named if params.get(DATA_DIR) or place.is_absolute() or place.is_file()]
     found = []
-    for place in [*named, *map(Path, params.get("structures") or [])]:
+    structures = [*(params.get("structures") or []), *filter(None, [params.get("start")])]
+    for place in [*named, *map(Path, structures)]:
         for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
             if file.is_file():
                 found.append(f"{file.name} {_digest(file.absolute(), *_state(file))}")

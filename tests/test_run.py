@@ -34,9 +34,9 @@ def test_one_run_leaves_its_account_and_is_not_run_twice(tmp_path, measure):
 
 @pytest.mark.parametrize("asked, file", [
     ({"task": "rows.csv"}, "rows.csv"), ({"task": "mine/tone", "data_dir": "data"}, "data/mine/tone/train.csv"),
-    ({"structures": ["found.json"]}, "found.json")])
+    ({"structures": ["found.json"]}, "found.json"), ({"start": "found.json"}, "found.json")])
 def test_other_content_of_a_file_is_another_question(asked, file, tmp_path, monkeypatch):
-    template = write_template(tmp_path / "t.ipynb", RESULT, parameters=PARAMETERS + "structures = []\n")
+    template = write_template(tmp_path / "t.ipynb", RESULT, parameters=PARAMETERS + "structures = []\nstart = \"\"\n")
     monkeypatch.chdir(tmp_path)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text("a")

@@ -614,8 +614,8 @@ def lab(
 def export(
     folder: Annotated[Path, typer.Argument(help="Of a run that is done, such as reports/search/RUN.")],
     to: Annotated[Path, typer.Option(help="New folder; FOLDER/peft or FOLDER/merged if left out.")] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="Fold it into a plain transformers model.")] = False,
-    push: Annotated[str, typer.Option(metavar="USER/NAME", help="Send it to the hub, in our own format.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Fold it into a plain model.")] = False,
+    push: Annotated[str, typer.Option(metavar="USER/NAME", help="Send it to the hub, as it is.")] = None,
 ) -> None:
     "Write a run's trained structure for others: for stock PEFT, as a plain model, or to the hub."
     with one_sentence():
@@ -648,9 +648,9 @@ HEAD_OF = {"encoder": "classify", "decoder": "causal", "encoder-decoder": "seq2s
 
 @app.command()
 def transfer(
-    file: Annotated[Path, typer.Argument(help="Of a structure, such as reports/search/RUN/structure.json.")],
+    file: Annotated[Path, typer.Argument(help="Such as reports/search/RUN/structure.json.")],
     backbone: Annotated[str, typer.Argument(help="Hub name, folder, or minilm.")],
-    budget: Annotated[float, typer.Option(help="Share of it below 1, else a count; its own if left out.")] = None,
+    budget: Annotated[float, typer.Option(help="A share below 1, else a count; kept if left out.")] = None,
     to: Annotated[Path, typer.Option(help="New structure file.")] = Path("structure.json"),
 ) -> None:
     "Move a structure to a backbone of another size or family, and say what became of each module."
@@ -659,6 +659,8 @@ def transfer(
 
         if to.exists():
             raise FileExistsError(f"{to} is there already; give another file with --to")
+        if not to.parent.is_dir():
+            raise FileNotFoundError(f"no folder {str(to.parent)!r}; make it, or give another file with --to")
         found, model = _structure(str(file)), blueprint(backbone, HEAD_OF[kind_of(backbone)])
         moved = found.transfer(model, budget)
         moved.save(to)

@@ -26,6 +26,7 @@ SMALL = {
     "08_your_own_task": dict(n_rows=300, steps=4, retrain_steps=5),
     "09_steer_a_search_live": dict(steps=24, evaluate_every=4, pause_at=3, stop_at=12, held=0.5, n_train=128,
                                    n_eval=16),
+    "10_take_it_elsewhere": dict(retrain_steps=4, n_train=64, n_eval=16),
 }
 
 
@@ -135,7 +136,13 @@ def test_read_a_structure(executed):
     notebook, _ = executed("02_read_a_structure")
     shown = said(notebook)
     assert "384 inputs + 384 outputs = 768 parameters" in shown and "Jaccard 0.25" in shown
-    assert '"schema": 3' in shown and "test accuracy" in shown
+    assert '"schema": 4' in shown and "test accuracy" in shown
+
+
+def test_take_it_elsewhere(executed):
+    shown = said(executed("10_take_it_elsewhere")[0])
+    assert "logits agree to" in shown and "BertForSequenceClassification, at most" in shown
+    assert "Structure s3pet-transferred" in shown and "Jaccard with what the search found" in shown
 
 
 def test_choose_a_budget(executed):

@@ -360,10 +360,10 @@ class Structure:
                  ) -> "Structure":
         """The structure on a backbone of another size or family; `ValueError` if nothing has a place there.
 
-        Layers go to the same relative depth (to the same layer, where the file is too old to say how many there
-        were), roles to their like (`ROLE_LIKE`), an only stack to an only stack. What is above the budget goes
-        by the lowest p; what is left of it is filled with the same kinds of modules in the layers beside.
-        `counterparts` tells what became of each module.
+        Layers go to the same relative depth (to the same layer, where the file is too old to say how many
+        there were), roles to their like (`ROLE_LIKE`), an only stack to an only stack. What is above the
+        budget goes by the lowest p; what is left of it is filled with the same kinds of modules in the layers
+        beside. `counterparts` tells what became of each module.
         """
         return _moved(self, model, budget)[0]
 

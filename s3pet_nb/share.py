@@ -76,13 +76,14 @@ def save(
     folder: str | os.PathLike,  # made if it is not there
     trained: TrainResult,  # of a structure
     head: str,  # "classify", "regress", "seq2seq" or "causal", as the backbone was loaded
-    n_labels: int = 2,
+    n_labels: int = 2,  # width of the head for "classify"
 ) -> None:
-    "Write a trained structure; `ValueError` where the whole model was trained."
+    "Write a trained structure; `ValueError` where the whole model was trained, or for another head."
     if trained.structure is None:
         raise ValueError("the whole model was trained; save it with its own save_pretrained")
     if head not in HEADS:
         raise UnknownName("head", head, HEADS)
+    n_labels = 1 if head == "regress" else n_labels
     _check_labels(n_labels, {name: tensor.shape for name, tensor in trained.tensors.items()})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +155,7 @@ SHADES = "·░▒▓█"  # of p, from 0 to 1
 
 def _text(value: object) -> str:
     "A value as text in a cell of a Markdown table; – for None."
-    told = html.escape(" ".join(str("–" if value is None else value).split()))
+    told = html.escape(" ".join(str("–" if value is None else value).split()), quote=False)
     return re.sub(r"[\[\]|`!*_\\~#]", lambda sign: f"&#{ord(sign[0])};", told)
 
 

@@ -18,7 +18,8 @@ from s3pet_nb.store import Run
 from s3pet_nb.structure import Structure, select
 from s3pet_nb.train import TrainConfig, finetune, retrain
 
-NASTY = "<img src=x onerror=alert(1)> | `x` {y}\n# z ![i](https://evil.example/t.png) [l](https://evil.example) **b**"
+NASTY = ("it's <img src=x onerror=alert(1)> | `x` {y}\n# z ![i](https://evil.example/t.png) [l](https://evil.example) "
+         "**b**")
 
 
 def training(**about):
@@ -99,7 +100,7 @@ def test_a_card_is_text_whatever_names_there_are(tmp_path):
         {"label": "random-1", "n_params": 280, "validation": 0.25, "test": 0.125}]})
     text = card(tmp_path / "run", 'me/"x"')
     assert "<img" not in text and "](https" not in text and "**b" not in text
-    assert "&lt;img src=x onerror=alert(1)&gt; &#124; &#96;x&#96; {y} &#35; z" in text
+    assert "it's &lt;img src=x onerror=alert(1)&gt; &#124; &#96;x&#96; {y} &#35; z" in text
     assert not re.search(r"^# z", text, re.M) and "| seed | 0 |" in text
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["library_name"] == "s3pet_nb" and head["base_model"] == "bert"
@@ -151,6 +152,15 @@ def test_nothing_is_sent_of_a_folder_that_does_not_hold_together(folder, monkeyp
     write_text(folder / "structure.json", (folder / "structure.json").read_text().replace('"rte"', '"cola"'))
     with pytest.raises(ValueError, match="of another structure"):
         push_to_hub(folder, "me/rte")
+
+
+def test_a_head_that_gives_a_number_has_one_output(tmp_path):
+    model = tiny("bert", "regress", num_labels=1)
+    space = make_space(model, "bias")
+    found = Structure.of(space, torch.ones(len(space), dtype=torch.bool))
+    data = [example_batch(model) | {"labels": torch.zeros(4)}]
+    save(tmp_path, retrain(model, found, data, data, config=TrainConfig(1, evaluate_every=1), callbacks=[]), "regress")
+    assert (read(tmp_path).head, read(tmp_path).n_labels) == ("regress", 1)
 
 
 def test_what_would_not_be_read_is_not_written(tmp_path):

@@ -39,8 +39,8 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from . import __version__
-from .core import write_bytes
-from .lock import Busy, claim, machine
+from .core import machine, write_bytes
+from .lock import Busy, claim
 from .pool import Died, attempt, cores, finished
 from .run import RUN_MARK, end_kernels
 from .study import Question, template

@@ -338,9 +338,6 @@ class Checkpoint:
         "Go on from the file, or write a first one; `ValueError` if it belongs to another run."
         state, fresh = PartialState(), not self.path.exists()
         state.wait_for_everyone()
-        if state.is_main_process:
-            for unfinished in self.path.parent.glob(f".{self.path.name}.*.tmp"):
-                unfinished.unlink(missing_ok=True)
         if fresh:
             return self.save(learner)
         found = load_state(self.path)

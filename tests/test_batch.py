@@ -1,6 +1,5 @@
 "Batches and scores: the file of entries, buckets, workers, what resumes, metrics by hand."
 import multiprocessing
-import os
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -390,16 +389,6 @@ def test_the_folder_is_beside_the_files_of_datasets(monkeypatch):
     monkeypatch.delenv("S3PET_CACHE")
     assert cache_folder().parent == type(cache_folder())(datasets.config.HF_DATASETS_CACHE)
     assert cache_folder().name == "s3pet_nb"
-
-
-def test_what_a_killed_process_left_is_removed_after_a_day(cache):
-    cache.mkdir(exist_ok=True)
-    old, young = cache / ".a.arrow.1.tmp", cache / ".b.arrow.2.tmp"
-    for file in (old, young):
-        file.write_bytes(b"torn")
-    os.utime(old, (0, 0))
-    loader(ROWS, SINGLE, word_tokenizer())
-    assert not old.exists() and young.exists()
 
 
 def test_two_processes_at_once_make_one_file(cache):

@@ -57,6 +57,19 @@ def test_a_number_that_another_process_has_by_now_is_no_owner(tmp_path):
     assert not runs_here(owner() | {"started": time.time() - 10_000})
 
 
+def test_what_an_owner_left_that_was_killed_while_it_took_a_run_is_removed(tmp_path):
+    waiting = Claim(tmp_path / "study" / "run")
+    torn = subprocess.run([sys.executable, "-c", """\
+import os, signal, sys
+from pathlib import Path
+from s3pet_nb.core import writing
+with writing(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)""", str(waiting.path)])
+    assert torn.returncode < 0 and len(list(waiting.path.parent.glob(".*.tmp"))) == 1
+    waiting.take()
+    assert not list(waiting.path.parent.glob(".*.tmp"))
+
+
 def test_an_owner_elsewhere_is_dead_after_its_silence_alone(tmp_path):
     far = Claim(tmp_path / "study" / "run")
     far.me |= {"host": "elsewhere", "pid": 1}

@@ -536,7 +536,7 @@ def run_study(
     force: bool = False,  # also run what has a result
     watch: Callable[[dict], None] = lambda status: None,  # is given the status about once a second
 ) -> Progress:
-    """Run every job of a study that has no result, and say what came of each.
+    """Run every job of a study that has no result, draw missing pages, and say what came of each.
 
     An interrupt ends all kernels and is raised again; what was running goes on from its checkpoints next
     time.
@@ -554,6 +554,8 @@ def run_study(
     with suppress(OSError):
         write_json(folder / RECORD, asdict(study) | {"ids": names})
     try:
+        for job in progress.of("done"):
+            job.cause = _page(Run(job.folder))
         with backend:
             runner.run(watch)
             progress.ended = "failed" if progress.of("failed", "left out") else "done"

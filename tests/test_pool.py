@@ -267,6 +267,19 @@ def test_a_page_that_cannot_be_drawn_costs_no_result(tmp_path):
     assert answer["done"] and answer["note"].startswith("no page: ") and finished(job.folder)
 
 
+def test_a_page_that_was_not_written_is_drawn_by_the_next_call(tmp_path):
+    asked = counted(tmp_path, [0, 1])
+    before = [job.folder for job in run_study(asked, tmp_path, Local(2)).jobs]
+    for folder in before:
+        (folder / "report.html").unlink()
+    (before[0] / "run.ipynb").write_text("torn")
+    results = [(folder / "result.json").stat().st_mtime_ns for folder in before]
+    torn, whole = run_study(asked, tmp_path, Local(2)).jobs
+    assert torn.state == "done" and torn.cause.startswith("no page: ") and not (torn.folder / "report.html").exists()
+    assert whole.cause == "" and "<html" in (whole.folder / "report.html").read_text()
+    assert [(folder / "result.json").stat().st_mtime_ns for folder in before] == results
+
+
 def test_a_template_that_went_bad_after_the_study_was_read_is_one_sentence(tmp_path):
     asked = counted(tmp_path, [0])
     task = task_of(plan(asked, tmp_path)[0], tmp_path)

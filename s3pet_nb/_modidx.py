@@ -977,6 +977,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             's3pet_nb.share': { 's3pet_nb.share.Tuned': ('api/share.html#tuned', 's3pet_nb/share.py'),
                                 's3pet_nb.share.Tuned.__repr__': ('api/share.html#tuned.__repr__', 's3pet_nb/share.py'),
                                 's3pet_nb.share.Tuned.on': ('api/share.html#tuned.on', 's3pet_nb/share.py'),
+                                's3pet_nb.share._asking': ('api/share.html#_asking', 's3pet_nb/share.py'),
                                 's3pet_nb.share._check': ('api/share.html#_check', 's3pet_nb/share.py'),
                                 's3pet_nb.share._check_labels': ('api/share.html#_check_labels', 's3pet_nb/share.py'),
                                 's3pet_nb.share._heatmap': ('api/share.html#_heatmap', 's3pet_nb/share.py'),

@@ -24,11 +24,11 @@ import hashlib
 import html
 import math
 import os
+import re
 import shutil
 import tempfile
-import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ import safetensors
 import safetensors.torch
 import transformers
 import yaml
+from huggingface_hub.errors import HTTPError
 from torch import Tensor
 
 from .backbone import HEADS, PACKAGED
@@ -245,12 +246,26 @@ with load(model, from_hub({repo_id!r})) as tuned:
 SHARED = ("structure.json", "structure.safetensors", DELTA)
 
 
+@contextmanager
+def _asking(repo_id: str) -> Iterator[None]:
+    "Within it, a hub that cannot be reached or that refuses is one sentence."
+    try:
+        yield
+    except HTTPError as refused:
+        why = str(refused).partition("\n")[0]
+        raise ConnectionError(f"the hub gave no access to {repo_id!r} ({why}); check the name and the "
+                              "network, and log in with `hf auth login`") from refused
+
+
 def push_to_hub(
     folder: str | os.PathLike,  # a run folder, or one that `save` wrote
     repo_id: str,  # such as "me/rte-minilm"; made if it is not there
     private: bool = True,  # if it is made
 ) -> str:  # its address
-    "Upload a trained structure with a card; raises what `read` raises, before anything is sent."
+    """Upload a trained structure with a card.
+
+    Raises what `read` raises, before anything is sent; `ConnectionError` if the hub does not take it.
+    """
     folder = Path(folder)
     text = card(folder, repo_id)
     with tempfile.TemporaryDirectory() as beside:
@@ -258,9 +273,10 @@ def push_to_hub(
             if (folder / name).exists():
                 shutil.copyfile(folder / name, Path(beside) / name)
         (Path(beside) / "README.md").write_text(text, encoding="utf-8")
-        address = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=repo_id, folder_path=beside,
-                                      commit_message="A trained structure, and its card")
+        with _asking(repo_id):
+            address = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
+            huggingface_hub.upload_folder(repo_id=repo_id, folder_path=beside,
+                                          commit_message="A trained structure, and its card")
     return str(address)
 
 
@@ -268,5 +284,10 @@ def from_hub(
     repo_id: str,  # such as "me/rte-minilm"
     revision: str | None = None,  # branch, tag or commit
 ) -> Path:
-    "Download a trained structure, and return its folder; nothing else of the repository is fetched."
-    return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(SHARED)))
+    """Download a trained structure, and return its folder; nothing else of the repository is fetched.
+
+    `OSError` if the hub does not give it, as a `ConnectionError` where it refuses.
+    """
+    with _asking(repo_id):
+        found = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(SHARED))
+    return Path(found)

@@ -1,7 +1,13 @@
 "A trained structure as files: what is torn or foreign is refused, the card is text, the hub gets four files."
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
@@ -170,6 +176,61 @@ def test_what_would_not_be_read_is_not_written(tmp_path):
         with pytest.raises((ValueError, LookupError), match=says):
             save(tmp_path / "run", trained, *given)
     assert not (tmp_path / "run").exists()
+
+
+class Refuses(BaseHTTPRequestHandler):
+    "A hub that knows nobody."
+
+    def do_POST(self):
+        body = b'{"error": "Invalid username or password."}'
+        self.send_response(401)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_HEAD = do_POST
+
+    def log_message(self, *given):
+        pass
+
+
+ASK = """\
+import sys
+from s3pet_nb.share import from_hub, push_to_hub
+for asked in (lambda: push_to_hub(sys.argv[1], "me/rte")), (lambda: from_hub("me/rte")):
+    try:
+        asked()
+    except OSError as refused:
+        print(" ".join(str(refused).split()))"""
+
+
+def ask_both(port, folder, home):
+    "What pushing to the hub at a port of this machine, and fetching from it, end with."
+    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0",
+                                "HF_HOME": str(home), "HF_TOKEN": "hf_none"}
+    told = subprocess.run([sys.executable, "-c", ASK, str(folder)], env=environment, capture_output=True, text=True,
+                          check=True)
+    return told.stdout.splitlines()
+
+
+def test_a_hub_that_refuses_is_one_sentence(folder, tmp_path):
+    "The real client of the hub, asking a server on loopback."
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        said = ask_both(server.server_port, folder, tmp_path / "home")
+        server.shutdown()
+    assert len(said) == 2
+    for sentence in said:
+        assert sentence.startswith("the hub gave no access to 'me/rte' (Client error '401 Unauthorized' for url ")
+        assert sentence.endswith("; check the name and the network, and log in with `hf auth login`")
+
+
+def test_a_hub_that_is_not_there_is_one_sentence(folder, tmp_path):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # taken, and never listening
+        pushed, fetched = ask_both(nobody.getsockname()[1], folder, tmp_path / "home")
+    assert pushed.startswith("the hub gave no access to 'me/rte' (") and "Connection refused" in pushed
+    assert "Connection refused" in fetched
 
 
 @pytest.mark.parametrize("backbone", ["/home/me/bert", "./my/bert", "minilm", "a b", "a/b/c"])

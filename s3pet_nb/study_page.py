@@ -167,8 +167,9 @@ def asked_facts(
 
 # %% ../nbs/api/35_study_page.ipynb #35-study-page-017
 def _progress_bar(frame: pd.DataFrame) -> str:
-    parts = "".join(f'<i class="{state}" style="flex-grow:{(frame.state == state).sum()}"></i>'
-                    for state in ("done", "failed", "missing"))
+    counts = frame.state.value_counts()
+    parts = "".join(f'<i data-state="{state}" style="flex-grow:{counts[state]}"></i>'
+                    for state in ("done", "failed", "missing") if state in counts)
     return f'<div class="progress">{parts}</div>'
 
 
@@ -658,8 +659,8 @@ header p { max-width: 74ch; margin: 12px 0; }
 h2 { border-top: 1px solid var(--line); margin-top: 44px; padding-top: 22px; }
 .progress { display: flex; gap: 2px; height: 6px; margin: 2px 0 0; border-radius: 3px; overflow: hidden; }
 .progress i { background: var(--line); }
-.progress .done { background: #009e73; }
-.progress .failed { background: #d55e00; }
+.progress [data-state=done] { background: #009e73; }
+.progress [data-state=failed] { background: #d55e00; }
 details { margin: 14px 0; font-size: 14px; }
 details dl { border: 0; padding: 10px 0 0; }
 summary { color: var(--soft); cursor: pointer; font-size: 13px; }

@@ -355,6 +355,21 @@ def test_browser_draws_a_figure_when_the_reader_comes_near(browser, page):
     assert complaints == []
 
 
+WIDTHS = "Object.fromEntries([...document.querySelectorAll('.progress i')].map(i => [i.dataset.state, i.offsetWidth]))"
+
+
+def test_browser_shows_states_as_wide_as_they_are_many(browser, page, tmp_path):
+    tab, _, _ = visit(browser, page)
+    widths = tab.evaluate(WIDTHS)
+    total = sum(widths.values())
+    assert {state: round(72 * width / total) for state, width in widths.items()} == {
+        "done": 66, "failed": 1, "missing": 5}
+    study = make_study(tmp_path, seeds=[0], grid={"task": ["glue/cola"]}, methods={"S3PET": {}}, show=["table"])
+    fill(study, tmp_path / "reports")
+    tab, _, _ = visit(browser, study_report(study, tmp_path / "reports"))
+    assert list(tab.evaluate(WIDTHS)) == ["done"]
+
+
 @pytest.mark.parametrize("width", [1200, 420])
 def test_browser_scrolls_wide_parts_in_their_own_boxes(browser, page, width):
     tab, _, _ = visit(browser, page, width)

@@ -25,6 +25,7 @@ __all__ = ['CHECKS', 'app', 'Out', 'Task', 'Backbone', 'Budget', 'Seed', 'DataDi
 import ast
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -665,7 +666,7 @@ def transfer(
         moved = found.transfer(model, budget)
         moved.save(to)
         Console(force_jupyter=False).print(fate_table(found.counterparts(model, budget)))
-        say(f"{moved!r}", stderr=False)
+        say(f"{moved!r}; budget {moved.budget:,}", stderr=False)
         say(f"written: {to}", stderr=False)
 
 
@@ -698,5 +699,6 @@ def rebuild(
 
 
 def main() -> None:
-    "Entry point of the command `s3pet`."
+    "Entry point of the command `s3pet`; SIGTERM, which a cluster's scheduler sends, ends it as Ctrl-C does."
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app(prog_name="s3pet")

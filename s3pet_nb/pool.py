@@ -538,8 +538,8 @@ def run_study(
 ) -> Progress:
     """Run every job of a study that has no result, draw missing pages, and say what came of each.
 
-    An interrupt ends all kernels and is raised again; what was running goes on from its checkpoints next
-    time.
+    An interrupt or an exit ends all kernels and is raised again; what was running goes on from its
+    checkpoints next time.
     """
     jobs = plan(study, root, only)
     if force:
@@ -559,7 +559,7 @@ def run_study(
         with backend:
             runner.run(watch)
             progress.ended = "failed" if progress.of("failed", "left out") else "done"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         progress.ended = "interrupted"
         for job in progress.of("running"):
             job.state = "waiting"

@@ -186,16 +186,16 @@ def test_an_interrupt_ends_cleanly_and_the_next_call_goes_on_from_the_checkpoint
     before = json.loads(saved.read_text())
     assert 9 <= before["step"] < 400
 
-    fast = study(tmp_path / "count.yml")
     again = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(1200):
-        if (folder / "log.jsonl").read_text().count("\n") > before["step"]:
+        if json.loads(saved.read_text())["step"] > before["step"]:
             break
         time.sleep(0.1)
-    now = json.loads(saved.read_text())
-    assert now["step"] >= before["step"] and len(fast) == 1
-    again.send_signal(signal.SIGINT)
-    again.communicate(timeout=120)
+    again.send_signal(signal.SIGTERM)  # as a cluster's scheduler does
+    _, said = again.communicate(timeout=120)
+    assert again.returncode == 130 and "interrupted; give the same command again" in said
+    assert json.loads((tmp_path / "reports" / "count" / "status.json").read_text())["ended"] == "interrupted"
+    assert gone(tmp_path / "reports")
     records = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert records == list(range(1, len(records) + 1)) and len(records) > before["step"]
 

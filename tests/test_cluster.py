@@ -305,6 +305,7 @@ def test_a_node_with_another_version_is_refused(task, cluster, monkeypatch):
     (signal.SIGINT, True),
     (signal.SIGKILL, True),
     (signal.SIGINT, False),
+    (signal.SIGKILL, False),
 ])
 def test_a_study_that_is_ended_leaves_no_process(asked, ray, request, tmp_path, how, joined):
     study = asked([0], seconds=600.0)
@@ -327,7 +328,8 @@ run_study(checked("tried", {{"template": {study.template!r}, "params": {study.pa
         assert said.strip().endswith("KeyboardInterrupt") and said.count("Traceback") == 1, said
         assert json.loads((tmp_path / "tried" / "status.json").read_text())["ended"] == "interrupted"
         assert not list(tmp_path.glob(".probe*"))
-    assert gone([*below, *kernels(tmp_path)])
+    assert gone(kernels(tmp_path))
+    assert gone(below, 150)  # Ray's own agents look once a minute whether their node is there
     if joined:
         with Ray(address) as backend:
             assert backend.slots >= 2

@@ -576,6 +576,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                's3pet_nb.lock.Claim.held': ('api/lock.html#claim.held', 's3pet_nb/lock.py'),
                                's3pet_nb.lock.Claim.release': ('api/lock.html#claim.release', 's3pet_nb/lock.py'),
                                's3pet_nb.lock.Claim.take': ('api/lock.html#claim.take', 's3pet_nb/lock.py'),
+                               's3pet_nb.lock._started': ('api/lock.html#_started', 's3pet_nb/lock.py'),
                                's3pet_nb.lock.claim': ('api/lock.html#claim', 's3pet_nb/lock.py'),
                                's3pet_nb.lock.owner': ('api/lock.html#owner', 's3pet_nb/lock.py'),
                                's3pet_nb.lock.runs_here': ('api/lock.html#runs_here', 's3pet_nb/lock.py')},

@@ -37,9 +37,14 @@ HEARTBEAT = 5.0  # seconds between two
 SILENCE = 60.0  # seconds without one after which an owner on another machine is dead
 
 
+def _started(process: psutil.Process) -> float:
+    "Seconds from the start of the machine to that of a process."
+    return process.create_time() - psutil.boot_time()
+
+
 def owner() -> dict:  # host, pid, started, token
     "This process, with a token of its own for each claim."
-    return {"host": machine(), "pid": os.getpid(), "started": psutil.Process().create_time(),
+    return {"host": machine(), "pid": os.getpid(), "started": _started(psutil.Process()),
             "token": uuid.uuid4().hex}
 
 
@@ -48,7 +53,7 @@ def runs_here(
 ) -> bool:
     "Whether the process lives, if it is one of this machine."
     try:
-        return lives(found["pid"]) and abs(psutil.Process(found["pid"]).create_time() - found["started"]) < 1
+        return lives(found["pid"]) and abs(_started(psutil.Process(found["pid"])) - found["started"]) < 2
     except psutil.Error:
         return False
 

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 from s3pet_nb.lock import Busy, Claim, claim, owner, runs_here
@@ -68,6 +69,14 @@ with writing(Path(sys.argv[1])):
     assert torn.returncode < 0 and len(list(waiting.path.parent.glob(".*.tmp"))) == 1
     waiting.take()
     assert not list(waiting.path.parent.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("step", [-3600, 5, 3600])
+def test_an_owner_lives_when_the_clock_is_set(monkeypatch, step):
+    before, started, boot = owner(), psutil.Process.create_time, psutil.boot_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: started(process) + step)
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot() + step)
+    assert runs_here(before)
 
 
 def test_an_owner_elsewhere_is_dead_after_its_silence_alone(tmp_path):

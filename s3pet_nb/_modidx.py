@@ -849,6 +849,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   's3pet_nb.results._varied': ('api/results.html#_varied', 's3pet_nb/results.py'),
                                   's3pet_nb.results.cost': ('api/results.html#cost', 's3pet_nb/results.py'),
                                   's3pet_nb.results.differences': ('api/results.html#differences', 's3pet_nb/results.py'),
+                                  's3pet_nb.results.is_sound': ('api/results.html#is_sound', 's3pet_nb/results.py'),
                                   's3pet_nb.results.ranks': ('api/results.html#ranks', 's3pet_nb/results.py'),
                                   's3pet_nb.results.save_tables': ('api/results.html#save_tables', 's3pet_nb/results.py'),
                                   's3pet_nb.results.scores': ('api/results.html#scores', 's3pet_nb/results.py'),

@@ -63,6 +63,17 @@ def searched(values):
     return [{"searched": value} for value in values]
 
 
+def test_scores_that_are_equal_are_ties_whatever_averaging_leaves(make, root):
+    score = 279 / 408
+    tests = [{"searched": score, "random-1": score, "random-2": score, "random-3": score, "bitfit": score}] * 12
+    study = make(seeds=list(range(12)))
+    frame = answer(study, root, tests)
+    assert np.mean([score] * 3) != score, "else there is nothing to be mended"
+    assert (line := differences(study, frame).iloc[0]).ahead == 0 and line["mean"] == 0
+    found = ranks(frame)
+    assert found["rank"].tolist() == [2.0, 2.0, 2.0] and found.attrs["p"] is None
+
+
 # ---------------------------------------------------------------------------- scores
 
 

@@ -1153,6 +1153,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 's3pet_nb.study.Study.questions': ('api/study.html#study.questions', 's3pet_nb/study.py'),
                                 's3pet_nb.study._Once': ('api/study.html#_once', 's3pet_nb/study.py'),
                                 's3pet_nb.study._Once.construct_mapping': ('api/study.html#_once.construct_mapping', 's3pet_nb/study.py'),
+                                's3pet_nb.study._baselines': ('api/study.html#_baselines', 's3pet_nb/study.py'),
                                 's3pet_nb.study._cells': ('api/study.html#_cells', 's3pet_nb/study.py'),
                                 's3pet_nb.study._code': ('api/study.html#_code', 's3pet_nb/study.py'),
                                 's3pet_nb.study._digest': ('api/study.html#_digest', 's3pet_nb/study.py'),

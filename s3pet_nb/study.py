@@ -23,6 +23,7 @@ __all__ = ['PACKAGE', 'RUN_FOLDER', 'DATA_DIR', 'VIEWS', 'STATISTICS', 'PART', '
 
 # %% ../nbs/api/21_study.ipynb #21-study-003
 import ast
+import difflib
 import hashlib
 import html
 import itertools
@@ -131,9 +132,12 @@ def _typed(name: str, value: object, default: object) -> object:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if type(value) is int and type(default) is float:
-        value = float(value)
+        value = float(value) if abs(value) < 2 ** 1023 else math.inf
     if type(value) is float and not math.isfinite(value):
         raise ValueError(f"{name} is {value}; give a finite number")
+    items = value if type(value) is list else [value]
+    if not all(isinstance(item, str | int | float | None) for item in items):
+        raise ValueError(f"{name} is {value!r}; give a number, text, true, false or a list of these")
     if default is not None and type(value) is not type(default):
         hint = "; YAML takes 2.0e-4 for a number, and 2e-4 for text" if type(default) is float else ""
         raise ValueError(f"{name} is {value!r}, of type {type(value).__name__}; "
@@ -184,11 +188,11 @@ def _digest(file: Path, *state: int) -> str:
 
 def _inputs(params: Mapping) -> str:
     "What the files of rows and structures hold that `task`, `data_dir`, `structures` and `start` name."
-    tasks = [params.get("task") or "", *(params.get("targets") or [])]
+    tasks = map(str, [params.get("task") or "", *(params.get("targets") or [])])
     named = [Path(params.get(DATA_DIR) or "", task) for task in tasks]
     named = [place for place in named if params.get(DATA_DIR) or place.is_absolute() or place.is_file()]
     found = []
-    structures = [*(params.get("structures") or []), *filter(None, [params.get("start")])]
+    structures = map(str, [*(params.get("structures") or []), *filter(None, [params.get("start")])])
     for place in [*named, *map(Path, structures)]:
         for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
             if file.is_file():
@@ -284,6 +288,8 @@ class Study:
     show: list = field(default_factory=lambda: ["table", "differences"])  # of `VIEWS`
     folder: str = ""  # another study whose runs are these as well
     ids: list = field(default_factory=list, compare=False)  # names of its runs in order, if written down
+    source: str = field(default="", compare=False)  # the name or path under which it was read
+    given: dict = field(default_factory=dict, compare=False)  # which parameters `changed` has laid over it
 
     def parts(self) -> Iterator[tuple[str, dict]]:
         "Name, template, params and grid of every method, or of the study itself if it has none."
@@ -314,8 +320,9 @@ class Study:
                 **given,  # parameters of all runs, such as data_dir
                 ) -> "Study":
         "This study with other parameters; `Faults` if they do not fit."
-        content = {name: value for name, value in asdict(self).items() if name not in ("name", "ids")}
-        return checked(self.name, merged(content, {"params": given}))
+        content = {name: value for name, value in asdict(self).items() if name in KINDS}
+        made = checked(self.name, content | {"params": self.params | given})
+        return replace(made, source=self.source, given=self.given | given)
 
     def _repr_html_(self) -> str:
         rows = [("template", self.template)] + [(name, str(value)) for name, value in self.params.items()]
@@ -347,6 +354,13 @@ def _sound(content: Mapping, known: Mapping, of: str, faults: list[str]) -> dict
     return found
 
 
+def _baselines(study: Study) -> set[str]:
+    "What its runs train beside, of all methods."
+    given = [named for _, part in study.parts()
+             for named in (part["params"].get("baselines"), *part["grid"].get("baselines", []))]
+    return {name for named in given if isinstance(named, list) for name in named if isinstance(name, str)}
+
+
 def _value_faults(study: Study) -> Iterator[str]:
     "What is wrong with the values of a study of the right shape."
     for kind, name, known in [("statistic", study.statistic, STATISTICS),
@@ -355,6 +369,12 @@ def _value_faults(study: Study) -> Iterator[str]:
             yield str(UnknownName(kind, str(name), known))
     if study.folder != Path(study.folder).name or study.folder.startswith("."):
         yield f"folder {study.folder!r} is not a plain name; no slash, no leading dot"
+    known = {"random", *study.methods, *_baselines(study)}
+    if study.against not in known and difflib.get_close_matches(study.against, known, cutoff=0.8):
+        yield f"against: {UnknownName('kind of structure or method', study.against, known)}"
+    for seed in study.seeds:
+        if type(seed) is int and not 0 <= seed < 2 ** 32:
+            yield f"seed {seed} is out of range; give one from 0 to {2 ** 32 - 1}"
     if len(set(map(repr, study.seeds))) < len(study.seeds):
         yield f"seeds names one twice: {study.seeds!r}"
     faulty = {}
@@ -398,6 +418,8 @@ def checked(
     methods = sound.get("methods", {})
     faults += [f"method {name!r} is {changes!r}; give template, params or grid, or {{}} for no change"
                for name, changes in methods.items() if not isinstance(changes, dict)]
+    faults += [f"method {name!r} is there twice, as text and as a number" for name in methods
+               if not isinstance(name, str) and str(name) in methods]
     sound["methods"] = {str(name): _sound(changes, PART, f"method {name!r}", faults)
                         for name, changes in methods.items() if isinstance(changes, dict)}
     sound.pop("base", None)
@@ -414,7 +436,8 @@ class _Once(yaml.SafeLoader):
     "Refuses a mapping that names a key twice."
 
     def construct_mapping(self, node, deep=False):
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        names = [self.construct_object(key, deep=True) for key, _ in node.value
+                 if key.tag != "tag:yaml.org,2002:merge"]
         for name in names:
             if names.count(name) > 1:
                 raise yaml.constructor.ConstructorError(problem=f"{name!r} is there twice",
@@ -426,7 +449,7 @@ def _read(path: Path, after: tuple[Path, ...] = ()) -> object:
     "What a study file says, laid over its base."
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Once)
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise Faults(path.stem, [f"{path.name} is not YAML: {' '.join(str(error).split())}"]) from None
     base = content.get("base") if isinstance(content, dict) else None
     if not isinstance(base, str):
@@ -445,4 +468,4 @@ def study(
 ) -> Study:
     "Read a study; `Faults` with all that is wrong, `UnknownName` or `FileNotFoundError` if there is none."
     path = _find("studies", "study", ".yml", name_or_path)
-    return checked(path.stem, _read(path))
+    return replace(checked(path.stem, _read(path)), source=str(name_or_path))

@@ -1,4 +1,5 @@
 "Templates, their parameters, and studies: what can be asked, and what is refused."
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,10 @@ def test_resolve_fills_in_defaults_and_makes_whole_numbers_floats(measure, tmp_p
     ({"share": float("nan")}, "give a finite number"),
     ({"flag": 1}, "flag is 1, of type int; give bool"),
     ({"task": None}, "task is None"),
+    ({"share": 10 ** 400}, "share is inf; give a finite number"),
+    ({"data_dir": date(2024, 1, 1)}, r"data_dir is datetime.date\(2024, 1, 1\); give a number, text"),
+    ({"data_dir": {"a": 1}}, "give a number, text"),
+    ({"data_dir": [[1]]}, "give a number, text"),
 ])
 def test_what_a_template_cannot_be_asked_is_refused(measure, given, sentence):
     with pytest.raises((UnknownName, ValueError), match=sentence):
@@ -109,6 +114,14 @@ def test_a_study_shows_its_questions_as_text():
     ("template: MEASURE\nfolder: ../elsewhere", "'../elsewhere' is not a plain name"),
     ("template: MEASURE\nname: other", "unknown key of the study 'name'"),
     ("template: torn.ipynb", "no template 'torn.ipynb'"),
+    ("template: MEASURE\nseeds: [0, -1]", "seed -1 is out of range; give one from 0 to 4294967295"),
+    ("template: MEASURE\nseeds: [4294967296]", "seed 4294967296 is out of range"),
+    ("template: MEASURE\nagainst: randon", "against: .*'randon'; did you mean 'random'"),
+    ("template: MEASURE\nmethods: {first-order: {}}\nagainst: firstorder", "did you mean 'first-order'"),
+    ("template: MEASURE\nmethods: {1: {}, '1': {}}", "method 1 is there twice"),
+    ("template: MEASURE\nparams: {data_dir: 2024-13-45}", "bad.yml is not YAML: month must be in 1..12"),
+    ("template: MEASURE\nparams: {data_dir: !!set {a}}", "data_dir is {'a'}; give a number, text"),
+    ("[" * 5000, "bad.yml is not YAML"),
     ("base: gone", "unknown study 'gone'"),
     ("base: BAD", "comes back to itself"),
 ])
@@ -117,6 +130,27 @@ def test_a_study_that_cannot_be_asked_is_refused(tmp_path, measure, text, senten
     path.write_text(text.replace("MEASURE", str(measure)).replace("BAD", str(path)))
     with pytest.raises(Faults, match=sentence):
         study(path)
+
+
+def test_a_study_may_use_anchors_and_merge_keys(tmp_path, measure):
+    path = tmp_path / "mine.yml"
+    path.write_text(f"""\
+template: {measure}
+params: &usual {{share: 0.5, flag: true}}
+methods: {{one: {{params: {{<<: *usual, share: 0.25}}}}}}
+""")
+    assert study(path).methods == {"one": {"params": {"share": 0.25, "flag": True}}}
+
+
+def test_a_changed_study_says_what_was_changed_and_refuses_what_is_no_parameter(tmp_path, measure):
+    path = tmp_path / "mine.yml"
+    path.write_text(f"template: {measure}\nparams: {{share: 0.5}}\n")
+    changed = study(path).changed(share=0.25).changed(task="hard")
+    assert changed.source == str(path) and changed.given == {"share": 0.25, "task": "hard"}
+    assert changed.params == {"share": 0.25, "task": "hard"}
+    for given, sentence in ({"shar": None}, "did you mean 'share'"), ({"share": None}, "share is None"):
+        with pytest.raises(Faults, match=sentence):
+            study(path).changed(**given)
 
 
 def test_everything_that_is_wrong_is_said_at_once(tmp_path, measure):

@@ -31,7 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -59,7 +59,7 @@ class Job:
     state: str = "waiting"  # "running", "done", "failed", "elsewhere": by another process; "left out"
     attempts: int = 0  # that were begun
     since: float = 0.0  # when the last one began, as `time.time`
-    not_before: float = 0.0  # when the next one may begin
+    not_before: float = 0.0  # when the next one may begin, as `time.monotonic`
     cause: str = ""  # of the last failure, or who runs it elsewhere
     before: bool = False  # whether it was done when the study began
 
@@ -77,11 +77,13 @@ def home(
     return Path(root) / (study.folder or study.name)
 
 
-def _matches(question: Question, word: str) -> bool:
-    "Whether a question is meant by a run's id or its beginning, a method, or name=value."
+def _matches(question: Question, word: str, methods: Collection[str]) -> bool:
+    "Whether a question is meant by a method, a run's id or its first characters, or name=value."
+    if word in methods:
+        return word == question.method
     name, equals, value = word.partition("=")
     if not equals:
-        return word == question.method or question.id.startswith(word)
+        return len(word) >= 4 and question.id.startswith(word)
     known = _named(question).get(name)
     with suppress(ValueError):
         return float(value) == known if isinstance(known, float) else value.lower() == str(known).lower()
@@ -90,7 +92,7 @@ def _matches(question: Question, word: str) -> bool:
 
 def _named(question: Question) -> dict:
     "What name=value can be said of."
-    return question.params | {"method": question.method, "template": question.template}
+    return {"method": question.method, "template": question.template} | question.params
 
 
 def plan(
@@ -100,11 +102,12 @@ def plan(
 ) -> list[Job]:
     "The jobs of a study in order; `ValueError` if `only` leaves none."
     questions, only = study.questions(), list(only)
+    methods = {question.method for question in questions}
     names = {name for question in questions for name in _named(question)}
-    for name in (word.partition("=")[0] for word in only if "=" in word):
+    for name in (word.partition("=")[0] for word in only if "=" in word and word not in methods):
         if name not in names:
             raise UnknownName("parameter", name, names)
-    found = [question for question in questions if all(_matches(question, word) for word in only)]
+    found = [question for question in questions if all(_matches(question, word, methods) for word in only)]
     chosen = {question.id: question for question in reversed(found)}  # the first of equal ones
     if not chosen:
         raise ValueError(f"no run of study {study.name!r} is {' and '.join(only)}; "
@@ -443,10 +446,10 @@ class Runner:
                  root: str | os.PathLike,
                  backend: Backend,
                  rules: Rules,
-                 force: bool,
+                 anew: Collection[str] = (),  # names of runs whose result is thrown away
                  ):
         self.progress, self.root, self.backend, self.rules = progress, Path(root), backend, rules
-        self.force, self.forced = force, {job.id for job in progress.jobs} if force else set()
+        self.anew, self.forced = frozenset(anew), set(anew)
         self.running: dict[Future, Job] = {}
 
     @property
@@ -457,11 +460,11 @@ class Runner:
 
     def begin(self) -> None:
         "Hand out jobs while there are free slots and jobs whose time has come."
-        now = time.time()
+        now = time.monotonic()
         due = (job for job in self.progress.of("waiting", "elsewhere") if job.not_before <= now)
         for job in itertools.islice(due, max(0, self.backend.slots - len(self.running))):
             job.attempts += job.state == "waiting"
-            job.state, job.since = "running", now
+            job.state, job.since = "running", time.time()
             study = self.progress.study
             task = {"id": job.id, "template": job.question.template, "params": job.question.params,
                     "root": str(self.root), "study": study.folder or study.name,
@@ -477,14 +480,14 @@ class Runner:
             with suppress(Busy, OSError), claim(job.folder):  # whoever has it by now keeps its kernel
                 end_kernels(RUN_MARK, str(job.folder.resolve()))
             outcome = {"failed": str(died)}
-        if "done" not in outcome and self.force and finished(job.folder):
+        if "done" not in outcome and job.id in self.anew and finished(job.folder):
             self.forced.add(job.id)  # it was not begun anew
         if "busy" in outcome:
-            job.state, job.cause, job.not_before = "elsewhere", outcome["busy"], time.time() + AGAIN
+            job.state, job.cause, job.not_before = "elsewhere", outcome["busy"], time.monotonic() + AGAIN
         elif "failed" in outcome:
             job.cause = outcome["failed"]
             job.state = "waiting" if job.attempts <= self.rules.retries else "failed"
-            job.not_before = time.time() + self.rules.pause * 2 ** (job.attempts - 1)
+            job.not_before = time.monotonic() + self.rules.pause * 2 ** (job.attempts - 1)
         else:
             job.state, job.cause = "done", outcome.get("note", "")
             self.progress.estimate.add(job)
@@ -517,14 +520,18 @@ def recorded(
 ) -> Study | None:
     """The study as it was last run, with the names that its runs had.
 
-    None for a folder of something else; `Faults` if its template is gone.
+    None for a folder of something else; `Faults` if its template is gone, `ValueError` for a spoilt file.
     """
     path = Path(folder) / RECORD
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    said = {key: value for key, value in content.items() if key not in ("name", "ids")}
-    return replace(checked(content["name"], said), ids=content["ids"])
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        notes = {key: content.pop(key) for key in ("ids", "source", "given") if key in content}
+        name = content.pop("name")
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path} is not what a study writes; run the study again") from None
+    return replace(checked(name, content), **notes)
 
 
 def run_study(
@@ -533,7 +540,7 @@ def run_study(
     backend: Backend | None = None,  # by default slots on this machine, one for each GPU
     rules: Rules = Rules(),
     only: Iterable[str] = (),  # as in `plan`
-    force: bool = False,  # also run what has a result
+    force: bool = False,  # also run what has a result, from the start
     watch: Callable[[dict], None] = lambda status: None,  # is given the status about once a second
 ) -> Progress:
     """Run every job of a study that has no result, draw missing pages, and say what came of each.
@@ -542,12 +549,12 @@ def run_study(
     checkpoints next time.
     """
     jobs = plan(study, root, only)
-    if force:
-        for job in jobs:
-            job.state, job.before = "waiting", False
+    anew = [job for job in jobs if force and job.before]
+    for job in anew:
+        job.state, job.before = "waiting", False
     backend = backend or Local()
     progress = Progress(study, jobs, backend.slots)
-    runner = Runner(progress, root, backend, rules, force)
+    runner = Runner(progress, root, backend, rules, [job.id for job in anew])
     folder = Path(root) / study.name
     folder.mkdir(parents=True, exist_ok=True)
     names = [question.id for question in study.questions()]
@@ -559,8 +566,8 @@ def run_study(
         with backend:
             runner.run(watch)
             progress.ended = "failed" if progress.of("failed", "left out") else "done"
-    except (KeyboardInterrupt, SystemExit):
-        progress.ended = "interrupted"
+    except BaseException as error:
+        progress.ended = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
         for job in progress.of("running"):
             job.state = "waiting"
             Claim(job.folder).forget()

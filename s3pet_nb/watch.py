@@ -90,8 +90,9 @@ def status_view(
     "What a terminal shows of a study that runs."
     now = time.time() if now is None else now
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, most in ("run", None), ("method", 18), ("asked", None), ("now", None), ("for", None):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=most)
+    widths = {"run": (10, None), "method": (6, 18), "asked": (6, None), "now": (8, None), "for": (6, None)}
+    for name, (least, most) in widths.items():
+        table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=least, max_width=most)
     for job in status["jobs"]:
         if job["state"] == "running":
             again = f" (attempt {job['attempts']})" if job["attempts"] > 1 else ""
@@ -151,10 +152,11 @@ class StudyMonitor:
     def look(self) -> None:
         "Read the status and show it; a status that cannot be read leaves what is shown."
         try:
-            self.status = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            status = json.loads(self.path.read_text(encoding="utf-8"))
+            self.box.value = status_html(status, time.time())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return
-        self.box.value = status_html(self.status, time.time())
+        self.status = status
 
     async def follow(self) -> None:
         "Look once a second until the study has ended."

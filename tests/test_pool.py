@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from templates import write_counting, write_template
 
+import s3pet_nb.pool
 from s3pet_nb.core import UnknownName
 from s3pet_nb.lock import Claim, claim
 from s3pet_nb.pool import (STATUS, Estimate, Job, Local, Progress, Rules, attempt, cores, finished, gpu_use, gpus, plan,
                            recorded, run_study, slot_environments)
 from s3pet_nb.run import RUN_MARK
 from s3pet_nb.study import Faults, Question, checked
+from s3pet_nb.watch import StudyMonitor
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +84,10 @@ def test_force_runs_what_is_done_and_only_chooses(tmp_path):
     assert [job.state for job in plan(asked, tmp_path)] == ["done"] * 3
     run_study(asked, tmp_path, backend, only=["seed=1"], force=True)
     assert [(task["params"]["seed"], task["again"]) for task in backend.asked] == [(1, True)]
+    (plan(asked, tmp_path)[2].folder / "result.json").unlink()
+    backend.asked.clear()
+    run_study(asked, tmp_path, backend, only=["seed=2"], force=True)
+    assert [task["again"] for task in backend.asked] == [False], "what was not done goes on from its checkpoint"
 
 
 def test_only_takes_ids_methods_and_values_and_all_must_hold(tmp_path):
@@ -94,6 +100,58 @@ def test_only_takes_ids_methods_and_values_and_all_must_hold(tmp_path):
         plan(asked, tmp_path, ["seed=7"])
     with pytest.raises(UnknownName, match="did you mean 'seed'"):
         plan(asked, tmp_path, ["sed=1"])
+
+
+def test_a_method_is_no_beginning_of_a_name_and_its_name_may_hold_anything(tmp_path):
+    asked = counted(tmp_path, list(range(40)), methods={"a": {}, "p=1": {"params": {"pause": 0.1}}})
+    assert {job.question.method for job in plan(asked, tmp_path, ["a"])} == {"a"}
+    assert {job.question.method for job in plan(asked, tmp_path, ["p=1"])} == {"p=1"}
+    with pytest.raises(ValueError, match="no run of study 'count' is b"):
+        plan(asked, tmp_path, ["b"])
+
+
+def test_a_parameter_may_be_called_method(tmp_path):
+    path = write_template(tmp_path / "own.ipynb", parameters='run_folder = ""\nmethod = "greedy"\nseed = 0\n')
+    asked = checked("own", {"template": str(path), "grid": {"method": ["greedy", "beam"]}, "methods": {"A": {}}})
+    assert [job.question.params["method"] for job in plan(asked, tmp_path, ["method=beam"])] == ["beam"]
+
+
+def test_a_clock_that_is_set_back_holds_up_nothing(tmp_path, monkeypatch):
+    asked, tries, now = counted(tmp_path, [0]), [], time.time()
+
+    def answer(task):
+        tries.append(task["id"])
+        monkeypatch.setattr(s3pet_nb.pool.time, "time", lambda: now - 3600)
+        return {"failed": "no luck"}
+
+    run_study(asked, tmp_path, Scripted(answer), Rules(retries=1, pause=0.1))
+    assert len(tries) == 2
+
+
+def test_a_backend_that_breaks_ends_the_study_in_its_status_too(tmp_path):
+    class Broken(Scripted):
+        def submit(self, task):
+            raise MemoryError("no more")
+
+    asked = counted(tmp_path, [0])
+    with pytest.raises(MemoryError):
+        run_study(asked, tmp_path, Broken(None))
+    status = json.loads((tmp_path / "count" / STATUS).read_text())
+    assert status["ended"] == "failed" and status["counts"]["running"] == 0
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "{", '{"study": 1}'])
+def test_files_of_a_study_that_are_spoilt(tmp_path, text):
+    run_study(counted(tmp_path, [0]), tmp_path, Scripted(lambda task: {"done": True, "note": ""}))
+    monitor = StudyMonitor("count", tmp_path)
+    shown = monitor.box.value
+    (tmp_path / "count" / STATUS).write_text(text)
+    monitor.look()
+    assert monitor.over and monitor.box.value == shown
+    assert StudyMonitor("count", tmp_path).box.value == ""
+    (tmp_path / "count" / "study.json").write_text(text)
+    with pytest.raises(ValueError, match="study.json is not what a study writes|has .* fault"):
+        recorded(tmp_path / "count")
 
 
 def test_values_are_chosen_as_they_are_shown(tmp_path):

@@ -93,7 +93,8 @@ def _read_as(default: object, text: str) -> object:
     except (ValueError, SyntaxError):
         value = text
     if isinstance(default, list) and not isinstance(value, list):
-        return text.split(",") if text else []
+        kind = type(default[0]) if default else str
+        return [item if kind is str else _read_as(None, item) for item in text.split(",")] if text else []
     return value
 
 # %% ../nbs/api/39_cli.ipynb #39-cli-012
@@ -340,7 +341,9 @@ def plan_table(
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in "run", "method", "asked", "state", "seconds":
-        table.add_column(name, no_wrap=True, justify="right" if name == "seconds" else "left")
+        whole = {"min_width": max(len(name), len(jobs[0].id)) if name == "run" else 7, "no_wrap": True}
+        table.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold",
+                         **whole if name in ("run", "state", "seconds") else {})
     for job in jobs:
         asked = point({"params": shown(study, job.question)})
         table.add_row(job.id, Text(job.question.method), Text(asked), job.state,
@@ -500,6 +503,10 @@ def study(
         try:
             with _watching() as watch:
                 ended = run_study(asked, out, chosen, rules, only, force, watch)
+        except KeyboardInterrupt:
+            if force:
+                say("leave --force out to go on: with it, what is done by now begins anew as well", "red")
+            raise
         finally:
             page = study_report(asked, out)
             index(out)
@@ -560,6 +567,9 @@ def _close(ended: "Progress", page: Path) -> None:
 
     for job in ended.of("failed"):
         say(f"failed: {job.id} {point({'params': shown(ended.study, job.question)})}: {job.cause}")
+    for job in ended.of("done"):
+        if job.cause:
+            say(f"{job.id}: {job.cause}")
     done, before = len(ended.of("done")), sum(job.before for job in ended.jobs)
     say(f"{done} of {len(ended.jobs)} runs are done, {before} of them were before", stderr=False)
     say(f"report: {page}", stderr=False)

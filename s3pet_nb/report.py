@@ -117,10 +117,15 @@ OPTIONS = {"demo": ("seed",), "search": _COMMON, "prune": (*_COMMON, "granularit
 def command(
     run: Run,
 ) -> str:
-    "The line for a terminal that makes this run again; what is as in the study it starts from is left out."
+    """The line for a terminal that makes this run again; empty if no command runs its template.
+
+    What is as in the study it starts from is left out.
+    """
     name = "demo" if run.study == "demo" else "prune" if "criterion" in run.params else "search"
     base = study(name)
     usual = resolve(base.template, base.params)
+    if not {"task", "backbone", "budget"} <= run.params.keys() <= usual.keys():
+        return ""
     words = ["s3pet", name]
     for key, value in run.params.items():
         if key in OPTIONS[name]:
@@ -219,9 +224,10 @@ def head_html(
     warning = f'<p class="failed">This run stopped before its end: {html.escape(error)}</p>' if error else ""
     pairs = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
                     for name, value in facts(run).items())
+    line = html.escape(command(run))
+    again = f'<p class="command"><span>Run it again</span><code>{line}</code></p>' if line else ""
     return (f'<header><p class="kind">Structure search report</p><h1>{html.escape(title(run))}</h1>{warning}'
-            f'<dl>{pairs}</dl><p class="command"><span>Run it again</span>'
-            f"<code>{html.escape(command(run))}</code></p>"
+            f"<dl>{pairs}</dl>{again}"
             '<label class="switch"><input type="checkbox" id="show-code"> show the code</label></header>')
 
 # %% ../nbs/api/24_report.ipynb #24-report-024
@@ -352,10 +358,14 @@ def score_texts(
     result: Mapping,
 ) -> dict[str, str]:
     "Test score of each kind of structure; for several of a kind their mean, range and number."
-    frame, texts = pd.DataFrame(result.get("rows") or []), {}
-    if not {"label", "test"} <= set(frame):
+    rows, texts = result.get("rows"), {}
+    rows = [row for row in (rows if isinstance(rows, list) else [])
+            if isinstance(row, dict) and {"label", "test"} <= row.keys()]
+    if not rows:
         return texts
-    for kind, scores in frame.groupby(frame.label.map(structure_kind), sort=False).test:
+    frame = pd.DataFrame(rows)
+    tests = pd.to_numeric(frame.test, errors="coerce")
+    for kind, scores in tests.groupby(frame.label.astype(str).map(structure_kind), sort=False):
         spread = f" ({scores.min():.3f} to {scores.max():.3f}, {len(scores)})" if len(scores) > 1 else ""
         texts[kind] = f"{scores.mean():.3f}{spread}"
     return texts

@@ -23,6 +23,7 @@ __all__ = ['RUN_MARK', 'CLAIM_MARK', 'kernel_environment', 'ThisPython', 'kernel
 
 # %% ../nbs/api/27_run.ipynb #27-run-003
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -113,7 +114,7 @@ class RunFailed(RuntimeError):
 def _cause(error: Exception) -> str:
     "One line for what stopped the notebook."
     if isinstance(error, papermill.PapermillExecutionError):
-        lines = str(error.evalue).strip().splitlines()
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error.evalue)).strip().splitlines()
         return f"{error.ename}: {lines[0]}" if lines else error.ename
     if isinstance(error, DeadKernelError):
         return "the kernel died, perhaps for lack of memory"

@@ -85,7 +85,7 @@ def run_id(
 def _read(path: Path) -> dict | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -59,8 +59,7 @@ from .plot import (BLUE, GREY, INK, LAB_STYLE, as_text, column_texts, draw_mean_
 from .report import STYLE, figure_html
 from .results import MISSING, SEARCHED
 from .store import Run
-from .study import DATA_DIR, Study, shipped
-from .study import study as read
+from .study import DATA_DIR, Study
 
 # %% ../nbs/api/35_study_page.ipynb #35-study-page-008
 def grid_names(
@@ -74,7 +73,8 @@ def grid_names(
 def _why(run: Run) -> tuple[str, str]:
     "State of a run that is in its folder, and what is to be said of it."
     if run.done:
-        return "done", ""
+        return ("done", "") if results.is_sound(run.result) else (
+            "failed", "its result.json has a row without a label, or text for a number")
     try:
         told = json.loads((run.folder / "error.json").read_text(encoding="utf-8"))
         return "failed", str(told["error"])
@@ -118,16 +118,13 @@ def command(
     root: str | os.PathLike = "reports",  # folder of all studies
 ) -> str:
     "The line for a terminal that makes this study, or goes on with it, in the folder of its file."
-    ours, words = study.name in shipped("studies"), []
-    written = read(study.name).params if ours else study.params
-    for name, value in study.params.items():
-        if name == DATA_DIR and value:
-            words += ["--data-dir", str(value)]
-        elif written.get(name) != value:
-            words += ["--set", f"{name}={value}"]
+    words = []
+    for name, value in study.given.items():
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words += ["--data-dir", text] if name == DATA_DIR else ["--set", f"{name}={text}"]
     if Path(root).resolve() != Path("reports").resolve():
         words += ["--out", str(root)]
-    return shlex.join(["s3pet", "study", study.name if ours else f"{study.name}.yml", *words])
+    return shlex.join(["s3pet", "study", study.source or f"{study.name}.yml", *words])
 
 # %% ../nbs/api/35_study_page.ipynb #35-study-page-014
 def value_text(
@@ -581,6 +578,8 @@ def _differences(found: Found) -> list[Part]:
 def _ranks(found: Found) -> list[Part]:
     frame = results.ranks(found.scores)
     p = frame.attrs["p"]
+    if frame["rank"].isna().any():
+        return _sentences(["At no task, seed and point of the grid does every row have a score."])
     said = ("There are too few rows or blocks for Friedman's test." if p is None else
             "Friedman's test that all rows are alike: " + ("p < 0.001." if p < 0.001 else f"p = {p:.3f}."))
     return [*_sentences([f"Rank 1 is the best; a block is a task, a seed and a point of the grid. {said}"]),

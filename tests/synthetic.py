@@ -115,7 +115,7 @@ def make_run(
     run = Run.create(
         root,
         study,
-        {"task": "agreement", "backbone": "all-MiniLM-L6-v2", "budget": 2e-4, "seed": seed, "steps": steps}
+        {"task": "agreement", "backbone": "all-MiniLM-L6-v2", "budget": 2e-4, "seed": seed, "search_steps": steps}
         | params,
         code="synthetic",
     )

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import nbformat
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from s3pet_nb.backbone import blueprint, tiny
 from s3pet_nb.cli import app, assignments, check, closing_table, one_sentence
 from s3pet_nb.space import make_space
-from s3pet_nb.study import resolve
+from s3pet_nb.study import checked, resolve
 from s3pet_nb.train import random_structure
 
 S3PET = [sys.executable, "-c", "from s3pet_nb.cli import main; main()"]
@@ -71,6 +72,7 @@ def test_values_are_read_as_the_type_of_the_default():
         "baselines": ["bitfit", "finetune"], "structures": ["a b.json"]}
     assert assignments(["baselines=", "structures=['a,b.json']"], lists) == {
         "baselines": [], "structures": ["a,b.json"]}
+    assert assignments(["sizes=3,4", "sizes=[3, 4]"], {"sizes": [1, 2]}) == {"sizes": [3, 4]}
     with pytest.raises(ValueError, match="write --set name=value"):
         assignments(["lr"], defaults)
 
@@ -379,6 +381,30 @@ def test_a_dry_run_lists_the_runs_and_leaves_nothing(invoke, tmp_path):
     ended = invoke("study", path, "--dry-run")
     assert ended.exit_code == 0 and not (tmp_path / "reports").exists()
     assert ended.stdout.count("waiting") == 2 and "2 runs: 0 done, 2 to run, time unknown" in ended.stdout
+
+
+@pytest.mark.parametrize("columns", [80, 60])
+def test_a_narrow_terminal_costs_no_name_of_a_run(invoke, tmp_path, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    template, long = write_template(tmp_path / "count.ipynb", RESULT), "a very long name of a method, " * 4
+    asked = checked("mine", {"template": str(template), "grid": {"task": ["/data/" + 30 * "long/"]},
+                             "methods": {long: {}}, "seeds": [0, 1]})
+    (tmp_path / "mine.yml").write_text(json.dumps(
+        {name: value for name, value in asdict(asked).items() if name in ("template", "grid", "methods", "seeds")}))
+    lines = invoke("study", "mine.yml", "--dry-run").stdout.splitlines()
+    assert all(any(line.startswith(question.id) and "waiting" in line for line in lines)
+               for question in asked.questions())
+    assert max(map(len, lines[:-1])) <= columns
+
+
+def test_a_page_that_could_not_be_drawn_is_said(invoke, tmp_path, monkeypatch):
+    path = written_study(tmp_path, seeds="[0]")
+    invoke("study", path)
+    (page,) = (tmp_path / "reports" / "mine").glob("*/report.html")
+    page.unlink()
+    (page.parent / "run.ipynb").write_text("torn")
+    ended = invoke("study", path)
+    assert ended.exit_code == 0 and f"{page.parent.name}: no page: " in ended.stderr
 
 
 def test_a_study_is_run_told_and_told_again(invoke, tmp_path):

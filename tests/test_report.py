@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 from synthetic import N_FIGURES, PRUNE_TEMPLATE, execute_notebook, make_pruned, make_run
 
 from s3pet_nb.plot import comparison_frame, plot_sizes, table
-from s3pet_nb.report import command, facts, index, report, static_notebook, stopped_by_hand, stopped_early
+from s3pet_nb.report import command, facts, head_html, index, report, static_notebook, stopped_by_hand, stopped_early
 from s3pet_nb.store import Run
 
 EVIL = "<script>alert(1)</script>"
@@ -101,7 +101,24 @@ def test_head_says_what_was_asked_and_how_to_ask_again(run):
     demo = make_run(run.folder.parent.parent, study="demo", steps=6, seed=3, backbone="minilm", lr=0.5,
                     gate="local", baselines=["bitfit", "finetune"])
     assert command(demo) == (
-        "s3pet demo --seed 3 --set lr=0.5 --set gate=local --set baselines=bitfit,finetune")
+        "s3pet demo --seed 3 --set search_steps=6 --set lr=0.5 --set gate=local --set baselines=bitfit,finetune")
+
+
+@pytest.mark.parametrize("asked", [{"targets": ["glue/rte"]}, {"own": 1}])
+def test_a_run_of_a_template_without_a_command_shows_none(tmp_path, asked):
+    run = make_run(tmp_path, study="tried", steps=6, **asked)
+    assert command(run) == "" and "Run it again" not in head_html(run, None)
+    assert "<span>Run it again</span><code>s3pet search" in head_html(make_run(tmp_path, study="tried", steps=6), None)
+
+
+@pytest.mark.parametrize("rows", [[{"test": 0.5}], [{"label": "searched", "test": "n/a"}], ["searched"], {"label": "x"}, 3])
+def test_a_result_that_makes_no_sense_leaves_the_index_to_others(tmp_path, rows):
+    whole, odd = (make_run(tmp_path, study=study, steps=6) for study in ("whole", "odd"))
+    for run in whole, odd:
+        (run.folder / "report.html").write_text("a report")
+    odd.save_result(odd.result | {"rows": rows})
+    text = index(tmp_path).read_text()
+    assert f"odd/{odd.id}/report.html" in text and f"{whole.result['rows'][0]['test']:.3f}" in text
 
 
 def test_head_says_gate_order_and_an_early_stop(tmp_path):

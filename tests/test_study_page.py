@@ -159,7 +159,9 @@ def test_the_page_says_what_is_done_and_how_to_go_on(faulty, page):
     assert page == root / "sweep" / "index.html"
     assert "66 of 72 runs are done, 1 failed, 5 missing; what follows is made of those that are done." in body
     assert f"<code>s3pet study sweep.yml --out {root}</code>" in body
-    assert command(replace(study, params={"data_dir": "my data"})) == "s3pet study sweep.yml --data-dir 'my data'"
+    asked = study.changed(data_dir="my data", targets=["glue/rte", "glue/cola"])
+    assert command(asked) == "s3pet study sweep.yml --data-dir 'my data' --set targets=glue/rte,glue/cola"
+    assert command(replace(asked, source="mine/search.yml")).startswith("s3pet study mine/search.yml --data-dir")
     small = read("small-figure-2").changed(n_eval=64, space="lo ra")
     assert command(small, "kept") == "s3pet study small-figure-2 --set n_eval=64 --set 'space=lo ra' --out kept"
     assert f"<dd>{', '.join(['5e-05', '0.0001', '0.0002'])}</dd>" in body and "<dd>0, 1, 2</dd>" in body
@@ -250,6 +252,25 @@ def test_a_result_that_makes_no_sense_costs_a_part_not_the_page(tmp_path):
     write_json(runs[0].folder / "result.json", result | {"search": {"seconds": "quick"}})
     body = body_of(study_report(study, tmp_path / "reports"))
     assert '<p class="failed">' in body[body.index("<h2>Cost"):] and "<h2>Scores" in body
+
+
+@pytest.mark.parametrize("row", [{"test": 0.5}, {"label": "searched", "test": "n/a"}, "searched"])
+def test_rows_that_make_no_sense_are_left_out_and_said(tmp_path, row):
+    study = make_study(tmp_path, grid={"task": ["glue/cola", "glue/rte"]}, methods={}, seeds=[0, 1])
+    runs = fill(study, tmp_path / "reports")
+    write_json(runs[0].folder / "result.json", runs[0].result | {"rows": [row]})
+    body = body_of(study_report(study, tmp_path / "reports"))
+    assert "3 of 4 runs are done, 1 failed" in body and "a row without a label, or text for a number" in body
+    assert "<h2>Scores" in body and set(results.scores(study, tmp_path / "reports").run_id) == {
+        run.id for run in runs[1:]}
+
+
+def test_ranks_without_a_common_block_say_so(tmp_path):
+    methods = {"one": {"grid": {"budget": [1e-4]}}, "two": {"grid": {"budget": [2e-4]}}}
+    study = make_study(tmp_path, grid={"task": ["glue/cola"]}, methods=methods, seeds=[0, 1], show=["ranks"])
+    fill(study, tmp_path / "reports")
+    body = body_of(study_report(study, tmp_path / "reports"))
+    assert "At no task, seed and point of the grid does every row have a score." in body and "nan" not in body
 
 
 def test_prunings_show_the_share_they_kept(tmp_path):

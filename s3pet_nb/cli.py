@@ -340,10 +340,9 @@ def plan_table(
     from s3pet_nb.watch import point
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in "run", "method", "asked", "state", "seconds":
-        whole = {"min_width": max(len(name), len(jobs[0].id)) if name == "run" else 7, "no_wrap": True}
-        table.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold",
-                         **whole if name in ("run", "state", "seconds") else {})
+    for name, least in {"run": 10, "method": None, "asked": None, "state": 7, "seconds": 7}.items():
+        side = "right" if name == "seconds" else "left"
+        table.add_column(name, min_width=least, overflow="fold", justify=side)
     for job in jobs:
         asked = point({"params": shown(study, job.question)})
         table.add_row(job.id, Text(job.question.method), Text(asked), job.state,

@@ -39,7 +39,8 @@ SILENCE = 60.0  # seconds without one after which an owner on another machine is
 
 def _started(process: psutil.Process) -> float:
     "Seconds from the start of the machine to that of a process."
-    return process.create_time() - psutil.boot_time()
+    boot = psutil.boot_time()  # first: older psutil counts the other from what this one last said
+    return process.create_time() - boot
 
 
 def owner() -> dict:  # host, pid, started, token

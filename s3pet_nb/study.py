@@ -133,9 +133,9 @@ def _typed(name: str, value: object, default: object) -> object:
         value = os.fspath(value)
     if type(value) is int and type(default) is float:
         value = float(value) if abs(value) < 2 ** 1023 else math.inf
-    if type(value) is float and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; give a finite number")
     items = value if type(value) is list else [value]
+    if any(type(item) is float and not math.isfinite(item) for item in items):
+        raise ValueError(f"{name} is {value}; give a finite number")
     if not all(isinstance(item, str | int | float | None) for item in items):
         raise ValueError(f"{name} is {value!r}; give a number, text, true, false or a list of these")
     if default is not None and type(value) is not type(default):
@@ -356,8 +356,10 @@ def _sound(content: Mapping, known: Mapping, of: str, faults: list[str]) -> dict
 
 def _baselines(study: Study) -> set[str]:
     "What its runs train beside, of all methods."
-    given = [named for _, part in study.parts()
-             for named in (part["params"].get("baselines"), *part["grid"].get("baselines", []))]
+    given = []
+    for _, part in study.parts():
+        tried = part["grid"].get("baselines")
+        given += [part["params"].get("baselines"), *(tried if isinstance(tried, list) else [])]
     return {name for named in given if isinstance(named, list) for name in named if isinstance(name, str)}
 
 

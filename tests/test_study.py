@@ -49,6 +49,7 @@ def test_resolve_fills_in_defaults_and_makes_whole_numbers_floats(measure, tmp_p
     ({"share": 10 ** 400}, "share is inf; give a finite number"),
     ({"data_dir": date(2024, 1, 1)}, r"data_dir is datetime.date\(2024, 1, 1\); give a number, text"),
     ({"data_dir": {"a": 1}}, "give a number, text"),
+    ({"data_dir": [1.0, float("inf")]}, "give a finite number"),
     ({"data_dir": [[1]]}, "give a number, text"),
 ])
 def test_what_a_template_cannot_be_asked_is_refused(measure, given, sentence):
@@ -118,6 +119,7 @@ def test_a_study_shows_its_questions_as_text():
     ("template: MEASURE\nseeds: [4294967296]", "seed 4294967296 is out of range"),
     ("template: MEASURE\nagainst: randon", "against: .*'randon'; did you mean 'random'"),
     ("template: MEASURE\nmethods: {first-order: {}}\nagainst: firstorder", "did you mean 'first-order'"),
+    ("template: MEASURE\ngrid: {baselines: 3}", "the grid's 'baselines' is 3"),
     ("template: MEASURE\nmethods: {1: {}, '1': {}}", "method 1 is there twice"),
     ("template: MEASURE\nparams: {data_dir: 2024-13-45}", "bad.yml is not YAML: month must be in 1..12"),
     ("template: MEASURE\nparams: {data_dir: !!set {a}}", "data_dir is {'a'}; give a number, text"),

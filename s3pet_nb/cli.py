@@ -675,7 +675,7 @@ def transfer(
         moved = found.transfer(model, budget)
         moved.save(to)
         Console(force_jupyter=False).print(fate_table(found.counterparts(model, budget)))
-        say(f"{moved!r}; budget {moved.budget:,}", stderr=False)
+        say(repr(moved) + (f"; budget {moved.budget:,}" if moved.budget else ""), stderr=False)
         say(f"written: {to}", stderr=False)
 
 

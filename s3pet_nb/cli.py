@@ -675,7 +675,9 @@ def transfer(
         moved = found.transfer(model, budget)
         moved.save(to)
         Console(force_jupyter=False).print(fate_table(found.counterparts(model, budget)))
-        say(repr(moved) + (f"; budget {moved.budget:,}" if moved.budget else ""), stderr=False)
+        say(f"{moved!r}", stderr=False)
+        if moved.budget:
+            say(f"of a budget of {moved.budget:,}", stderr=False)
         say(f"written: {to}", stderr=False)
 
 

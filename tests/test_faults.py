@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,7 @@ ended = run_study(study(sys.argv[1]), sys.argv[2], Local(2), Rules(**rules))
 sys.exit(len(ended.of("failed", "left out")) > 0)"""
 STUMBLE = """\
 import time
+from functools import partial
 from pathlib import Path
 if not Path(RELIEF).exists():
     if seed == 7:
@@ -172,7 +174,9 @@ def test_an_interrupt_ends_cleanly_and_the_next_call_goes_on_from_the_checkpoint
     command = [sys.executable, "-c", "from s3pet_nb.cli import main; main()", "study", str(tmp_path / "count.yml"),
                "--out", str(tmp_path / "reports")]
     environment = os.environ | {"EXECUTIONS": str(tmp_path / "executions")}
-    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begin = partial(subprocess.Popen, command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell may ignore it
+    running = begin()
     folder = tmp_path / "reports" / "count" / study(tmp_path / "count.yml").questions()[0].id
     saved = folder / "checkpoints" / "count.safetensors"
     for _ in range(1200):
@@ -186,7 +190,7 @@ def test_an_interrupt_ends_cleanly_and_the_next_call_goes_on_from_the_checkpoint
     before = json.loads(saved.read_text())
     assert 9 <= before["step"] < 400
 
-    again = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    again = begin()
     for _ in range(1200):
         if json.loads(saved.read_text())["step"] > before["step"]:
             break

@@ -446,7 +446,7 @@ class Runner:
                  root: str | os.PathLike,
                  backend: Backend,
                  rules: Rules,
-                 anew: Collection[str] = (),  # names of runs whose result is thrown away
+                 anew: Collection[str],  # names of runs whose result is thrown away
                  ):
         self.progress, self.root, self.backend, self.rules = progress, Path(root), backend, rules
         self.anew, self.forced = frozenset(anew), set(anew)

@@ -353,6 +353,12 @@ def test_a_job_knows_its_run(tmp_path):
     assert isinstance(job, Job) and job.folder == tmp_path / "count" / job.id
 
 
+def test_the_colours_of_an_error_do_not_reach_the_terminal(tmp_path):
+    broken = write_template(tmp_path / "broken.ipynb", r"raise ValueError('\x1b[31mlower lr\x1b[0m')")
+    ended = run_study(checked("broken", {"template": str(broken)}), tmp_path, Local(1), Rules(retries=0))
+    assert ended.jobs[0].cause.startswith("ValueError: lower lr (see ")
+
+
 def test_a_failing_cell_has_its_page_and_its_sentence(tmp_path):
     broken = write_template(tmp_path / "broken.ipynb", "raise ValueError('lower lr <b>')")
     ended = run_study(checked("broken", {"template": str(broken)}), tmp_path, Local(1), Rules(retries=0))

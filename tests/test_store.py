@@ -108,6 +108,12 @@ def test_an_incomplete_result_is_no_result(tmp_path, text):
     assert not (run.folder / "result.json").exists()
 
 
+def test_a_folder_in_the_place_of_a_result_is_none(tmp_path):
+    run = Run.create(tmp_path, "study", PARAMS, "code")
+    (run.folder / "result.json").mkdir()
+    assert run.result is None and not run.done
+
+
 def test_create_starts_an_unfinished_run_over_and_keeps_a_finished_one(tmp_path):
     run = Run.create(tmp_path, "study", PARAMS, "code")
     assert run.folder == tmp_path / "study" / run_id(PARAMS, "code") and run.params == PARAMS

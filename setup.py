@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -30,7 +30,8 @@ setup(
                     if key.startswith("extra_")},
     entry_points={"console_scripts": settings["console_scripts"].split(),
                   "nbdev": ["s3pet_nb=s3pet_nb._modidx:d"]},
-    packages=["s3pet_nb", "s3pet_nb.templates", "s3pet_nb.studies", "s3pet_nb.tutorials"],
+    packages=[*find_packages(include=["s3pet_nb*"]), "s3pet_nb.templates", "s3pet_nb.studies",
+              "s3pet_nb.tutorials"],
     package_dir={"s3pet_nb.templates": "nbs/experiments", "s3pet_nb.studies": "nbs/studies",
                  "s3pet_nb.tutorials": "nbs/tutorials"},
     package_data={"s3pet_nb.templates": ["*.ipynb"], "s3pet_nb.studies": ["*.yml"],

@@ -8,7 +8,7 @@ import nbformat
 from nbclient import NotebookClient
 from scipy.optimize import brentq
 
-from s3pet_nb.store import Run, write_json
+from s3pet_nb.lab.store import Run, write_json
 
 LINEAR = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "wi": (1, 4), "wo": (4, 1)}  # widths / d
 RETRAININGS = ["searched", "random-1", "random-2", "random-3", "lora-r1"]
@@ -293,8 +293,8 @@ TEMPLATE = [
     (
         "code",
         "",
-        "import sys\nimport pandas as pd\nimport plotly.io\nfrom s3pet_nb.store import Run\n"
-        "from s3pet_nb.plot import comparison_frame, plot_budget, plot_comparison, plot_loss, plot_p, "
+        "import sys\nimport pandas as pd\nimport plotly.io\nfrom s3pet_nb.lab.store import Run\n"
+        "from s3pet_nb.lab.plot import comparison_frame, plot_budget, plot_comparison, plot_loss, plot_p, "
         "plot_score, structure_frame, table\n"
         "plotly.io.renderers.default = 'plotly_mimetype'\nrun = Run(folder)\n"
         "print('progress' + ' bar', file=sys.stderr)",
@@ -331,7 +331,7 @@ PRUNE_TEMPLATE = [
     (
         "code",
         "",
-        "import plotly.io\nfrom s3pet_nb import plot\nfrom s3pet_nb.store import Run\n"
+        "import plotly.io\nfrom s3pet_nb.lab import plot\nfrom s3pet_nb.lab.store import Run\n"
         "plotly.io.renderers.default = 'plotly_mimetype'\nrun = Run(folder)",
     ),
     ("md", "", "## What was kept"),

@@ -9,7 +9,7 @@ flag = False
 data_dir = None
 task = "easy"
 """
-STORE = "from s3pet_nb.store import Run\n"
+STORE = "from s3pet_nb.lab.store import Run\n"
 RESULT = STORE + 'Run(run_folder).save_result({"task": task, "sum": share + seed})'
 
 

@@ -1,4 +1,4 @@
-"The house's own rules: arrows point downwards, searching needs no lab, every notebook is a page to read."
+"The house's own rules: arrows point downwards, learning needs no lab, every notebook is a page to read."
 import ast
 import json
 import re
@@ -9,35 +9,70 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "s3pet_nb"
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
-API = sorted((ROOT / "nbs" / "api").glob("*.ipynb"))
-FLOOR = {path.stem[3:]: int(path.stem[:2]) for path in API}
+BELOW = {"core": (), "model": ("core",), "data": ("core", "model"), "learn": ("core", "model"),
+         "lab": ("core", "model", "data", "learn"), "cli": ("core", "model", "data", "learn", "lab")}
 LAB = ("plotly", "IPython", "papermill", "nbconvert", "ipywidgets", "jupyter_client", "ray", "typer")
 
 
-def imported(module: str) -> set[str]:
-    "Names of this library's modules that `module` imports, at any depth of its code."
-    tree = ast.parse((ROOT / "s3pet_nb" / f"{module}.py").read_text(encoding="utf-8"))
-    found = {node.module.removeprefix("s3pet_nb.") for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
-             and node.module and (node.level == 1 or node.module.startswith("s3pet_nb."))}
-    plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
-             and node.module in (None, "s3pet_nb") for alias in node.names if alias.name in FLOOR}
-    return {name for name in found if name} | plain
+def exported() -> dict[str, int]:
+    "Number of the notebook of each module, by the module's name such as model.pet; core is 0, and so is cli."
+    rooms = {"core": 0, "cli": 0}
+    for wing in "model", "data", "learn", "lab":
+        for path in (ROOT / "nbs" / wing).glob("*.ipynb"):
+            rooms[f"{wing}.{path.stem[3:]}"] = int(path.stem[:2])
+    return rooms
 
 
-def test_every_notebook_of_the_api_exports_one_module():
-    modules = {path.stem for path in (ROOT / "s3pet_nb").glob("*.py")} - {"__init__", "_modidx"}
+FLOOR = exported()
+
+
+def imports(module: str) -> set[tuple[str, str]]:
+    "What `module` imports of this library, at any depth of its code: the module, and the name or ''."
+    path = PACKAGE / f"{module.replace('.', '/')}.py"
+    package, seen = module.split(".")[:-1], set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("s3pet_nb.")]
+            seen |= {(name.removeprefix("s3pet_nb."), "") for name in names}
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level:
+            within = package[:len(package) + 1 - node.level]
+            home = ".".join([*within, node.module or ""]).strip(".")
+        elif (node.module or "").split(".")[0] == "s3pet_nb":
+            home = node.module.removeprefix("s3pet_nb").strip(".")
+        else:
+            continue
+        for alias in node.names:
+            inner = f"{home}.{alias.name}".strip(".")
+            seen.add((inner, "") if inner in FLOOR else (home, alias.name))
+    return seen
+
+
+def test_every_notebook_of_a_wing_exports_one_module():
+    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
+               if path.stem not in ("__init__", "_modidx")}
     assert modules == set(FLOOR)
 
 
 @pytest.mark.parametrize("module", FLOOR)
 def test_imports_point_downwards(module):
-    upwards = {name for name in imported(module) if name in FLOOR and FLOOR[name] >= FLOOR[module]}
-    assert not upwards
+    wing = module.split(".")[0]
+    for other, _ in imports(module):
+        there = other.split(".")[0]
+        assert there in BELOW[wing] or there == "" or there == wing and FLOOR[other] < FLOOR[module], other
 
 
-def test_searching_and_training_need_no_lab():
-    modules = ", ".join(f"s3pet_nb.{name}" for name, floor in FLOOR.items() if floor < 20)
+@pytest.mark.parametrize("module", FLOOR)
+def test_no_star_and_no_private_name_of_another_module(module):
+    private = {name for _, name in imports(module) if name == "*" or re.match(r"_(?!_)", name)}
+    assert not private
+
+
+def test_model_data_and_learn_need_no_lab():
+    modules = ", ".join(f"s3pet_nb.{name}" for name in FLOOR if name.split(".")[0] not in ("lab", "cli"))
     code = f"import sys, {modules}; print([name for name in {LAB} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert shown.stdout.strip() == "[]"

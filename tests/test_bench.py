@@ -18,10 +18,10 @@ from bench.steps import SUBJECTS, Bench, bench_of, measure
 from rich.console import Console
 from torch.nn.functional import scaled_dot_product_attention
 
-from s3pet_nb.backbone import example_batch, tiny
-from s3pet_nb.learner import Compute, Records
-from s3pet_nb.search import SearchConfig, SearchStep
-from s3pet_nb.space import attach, make_space
+from s3pet_nb.learn.learner import Compute, Records
+from s3pet_nb.learn.search import SearchConfig, SearchStep
+from s3pet_nb.model.backbone import example_batch, tiny
+from s3pet_nb.model.space import attach, make_space
 
 CPU = torch.device("cpu")
 CONFIG = SearchConfig(steps=50, lr=0.05, measure_every=0, dropout=False)

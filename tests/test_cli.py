@@ -10,11 +10,11 @@ import typer
 from templates import RESULT, write_template
 from typer.testing import CliRunner
 
-from s3pet_nb.backbone import blueprint, tiny
 from s3pet_nb.cli import app, assignments, check, closing_table, one_sentence
-from s3pet_nb.space import make_space
-from s3pet_nb.study import checked, resolve
-from s3pet_nb.train import random_structure
+from s3pet_nb.lab.study import checked, resolve
+from s3pet_nb.learn.train import random_structure
+from s3pet_nb.model.backbone import blueprint, tiny
+from s3pet_nb.model.space import make_space
 
 S3PET = [sys.executable, "-c", "from s3pet_nb.cli import main; main()"]
 FINE = resolve("search", {})
@@ -37,7 +37,7 @@ def tiny_template(tmp_path, monkeypatch):
         "budget": 1e-3, "gate": "global", "order": "auto", "seed": 0, "search_steps": 4, "retrain_steps": 4,
         "lr": 1e-3}.items())
     body = f"""\
-from s3pet_nb.store import Run
+from s3pet_nb.lab.store import Run
 if search_steps == 13:
     raise FloatingPointError("the loss is NaN at step 13; lower lr")
 Run(run_folder).save_result({{"task": task, "metric": "accuracy", "budget": 4542, "n_backbone": 22_713_216,
@@ -58,7 +58,7 @@ Run(run_folder).save_result({{"task": task, "metric": "accuracy", "budget": 4542
     for name, template in {"demo": "search", "search": "search", "prune": "prune"}.items():
         (package / "studies" / f"{name}.yml").write_text(
             f"template: {template}\nparams: {{search_steps: 5}}\n")
-    monkeypatch.setattr("s3pet_nb.study.PACKAGE", package)
+    monkeypatch.setattr("s3pet_nb.lab.study.PACKAGE", package)
     monkeypatch.setattr("s3pet_nb.cli.CHECKS", {})  # they ask for what these templates lack
 
 

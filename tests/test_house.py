@@ -135,7 +135,7 @@ def test_an_old_python_is_refused_in_one_sentence(tmp_path, version, starts):
     ("reports/study/0a1b2c3d4e/log.jsonl", True),
     ("reports/demo/0a1b2c3d4e/result.json", True),
     ("reports/index.html", True),
-    ("nbs/api/00_core.ipynb", False),
+    ("nbs/core.ipynb", False),
     (".venv/bin/python", True),
 ])
 def test_of_a_published_study_only_the_numbers_are_committed(tmp_path, path, ignored):

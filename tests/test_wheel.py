@@ -83,7 +83,7 @@ def test_the_library_comes_from_the_wheel(environment, elsewhere):
 
 def test_the_tutorials_come_with_the_files_that_they_read(environment, elsewhere):
     shown = call(environment / "bin" / "python", "-c",
-                 "from s3pet_nb.study import shipped; print(*shipped('tutorials').values(), sep='\\n')")
+                 "from s3pet_nb.lab.study import shipped; print(*shipped('tutorials').values(), sep='\\n')")
     found = [Path(line) for line in shown.splitlines()]
     assert all(path.is_relative_to(environment) for path in found)
     there = {path.name for pattern in ("*.ipynb", "*.json") for path in (ROOT / "nbs" / "tutorials").glob(pattern)}

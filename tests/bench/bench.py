@@ -13,7 +13,7 @@ from pathlib import Path
 
 import s3pet_nb
 import torch
-from s3pet_nb.store import Run, environment, run_id
+from s3pet_nb.lab.store import Run, environment, run_id
 
 from .cases import STEP_CASES, TaskRun
 from .memory import peak_apart

@@ -9,14 +9,14 @@ from functools import partial
 
 import torch
 import transformers
-from s3pet_nb.backbone import head_parameters, load_backbone, tiny
-from s3pet_nb.batch import Batches, loader
-from s3pet_nb.form import Form, form_of
-from s3pet_nb.learner import to_device
-from s3pet_nb.rows import Splits, halves
-from s3pet_nb.space import SearchSpace
-from s3pet_nb.structure import Structure, select
-from s3pet_nb.task import find_task
+from s3pet_nb.data.batch import Batches, loader
+from s3pet_nb.data.form import Form, form_of
+from s3pet_nb.data.rows import Splits, halves
+from s3pet_nb.data.task import find_task
+from s3pet_nb.core import to_device
+from s3pet_nb.model.backbone import head_parameters, load_backbone, tiny
+from s3pet_nb.model.space import SearchSpace
+from s3pet_nb.model.structure import Structure, select
 
 BATCHES = 8  # that every subject sees, in order
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import typer
 from playwright.sync_api import sync_playwright
-from s3pet_nb.store import Run, environment
+from s3pet_nb.lab.store import Run, environment
 from scipy import stats
 
 from ..conftest import CHROMIUM
@@ -24,12 +24,12 @@ SEARCH = """
 import json
 import time
 from tests.bench.cases import TaskRun, share
-from s3pet_nb.backbone import load_backbone
-from s3pet_nb.learner import Callback
-from s3pet_nb.live import Monitor
-from s3pet_nb.search import SearchConfig, search
-from s3pet_nb.space import make_space
-from s3pet_nb.store import Run
+from s3pet_nb.lab.live import Monitor
+from s3pet_nb.lab.store import Run
+from s3pet_nb.learn.learner import Callback
+from s3pet_nb.learn.search import SearchConfig, search
+from s3pet_nb.model.backbone import load_backbone
+from s3pet_nb.model.space import make_space
 
 task = TaskRun("agreement", {steps}, None)
 model, tokenizer = load_backbone("minilm", "classify", 2)

@@ -16,9 +16,9 @@ import nbformat
 import torch
 import typer
 
-from s3pet_nb.pool import Local, Rules, plan, run_study
-from s3pet_nb.store import Run, environment
-from s3pet_nb.study import Study
+from s3pet_nb.lab.pool import Local, Rules, plan, run_study
+from s3pet_nb.lab.store import Run, environment
+from s3pet_nb.lab.study import Study
 
 from .bench import code
 

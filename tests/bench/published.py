@@ -18,14 +18,14 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 import transformers
-from s3pet_nb.backbone import Position
-from s3pet_nb.bilevel import accumulate, moved
-from s3pet_nb.budget import expected_size, resolve_budget
-from s3pet_nb.gate import Gate, ShiftedSigmoid
-from s3pet_nb.learner import Evaluate, Learner, Log, check_finite
-from s3pet_nb.search import (LogGates, Pairs, SearchConfig, SearchResult, SearchStep, evaluate_gated,
-                             negative_loss)
-from s3pet_nb.space import GatedModel, SearchSpace, attach
+from s3pet_nb.learn.bilevel import accumulate, moved
+from s3pet_nb.learn.learner import Evaluate, Learner, Log, check_finite
+from s3pet_nb.learn.search import (LogGates, Pairs, SearchConfig, SearchResult, SearchStep, evaluate_gated,
+                                   negative_loss)
+from s3pet_nb.model.backbone import Position
+from s3pet_nb.model.budget import expected_size, resolve_budget
+from s3pet_nb.model.gate import Gate, ShiftedSigmoid
+from s3pet_nb.model.space import GatedModel, SearchSpace, attach
 from torch import Tensor, nn
 from torch.func import functional_call
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from s3pet_nb.backbone import load_backbone
-from s3pet_nb.batch import Batches, score
-from s3pet_nb.search import EarlyStop, SearchConfig, search
-from s3pet_nb.space import make_space
-from s3pet_nb.store import Run
-from s3pet_nb.structure import Structure
-from s3pet_nb.task import METRICS
-from s3pet_nb.train import TrainConfig, retrain
+from s3pet_nb.data.batch import Batches, score
+from s3pet_nb.data.task import METRICS
+from s3pet_nb.lab.store import Run
+from s3pet_nb.learn.search import EarlyStop, SearchConfig, search
+from s3pet_nb.learn.train import TrainConfig, retrain
+from s3pet_nb.model.backbone import load_backbone
+from s3pet_nb.model.space import make_space
+from s3pet_nb.model.structure import Structure
 from scipy import stats
 
 from .cases import TaskRun, share, sparse_structure

@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 
 import torch
-from s3pet_nb.fuse import fuse
-from s3pet_nb.gate import ShiftedSigmoid
-from s3pet_nb.learner import Compute
-from s3pet_nb.search import Stepper
-from s3pet_nb.space import attach, make_space
-from s3pet_nb.store import Run
-from s3pet_nb.structure import select
+from s3pet_nb.lab.store import Run
+from s3pet_nb.learn.learner import Compute
+from s3pet_nb.learn.search import Stepper
+from s3pet_nb.model.fuse import fuse
+from s3pet_nb.model.gate import ShiftedSigmoid
+from s3pet_nb.model.space import attach, make_space
+from s3pet_nb.model.structure import select
 
 from .cases import CASES, sibling
 from .measure import interleaved, seconds

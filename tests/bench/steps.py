@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 import transformers
-from s3pet_nb.learner import Compute
-from s3pet_nb.prune import CRITERIA, ScoredStep
-from s3pet_nb.search import SearchConfig, SearchStep, search
-from s3pet_nb.space import GatedModel, SearchSpace, attach, make_space
-from s3pet_nb.structure import Structure
-from s3pet_nb.train import TrainConfig, TrainStep
+from s3pet_nb.learn.learner import Compute
+from s3pet_nb.learn.prune import CRITERIA, ScoredStep
+from s3pet_nb.learn.search import SearchConfig, SearchStep, search
+from s3pet_nb.learn.train import TrainConfig, TrainStep
+from s3pet_nb.model.space import GatedModel, SearchSpace, attach, make_space
+from s3pet_nb.model.structure import Structure
 
 from .cases import CASES, share, sibling, sparse_structure
 from .measure import Work, flops, interleaved, ratio, summary

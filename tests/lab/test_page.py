@@ -1,0 +1,357 @@
+"""The report and the index: text in the test process, pictures in a real browser."""
+
+import json
+import os
+import re
+import shutil
+
+import nbformat
+import pytest
+from plotly.offline import get_plotlyjs
+from synthetic import N_FIGURES, PRUNE_TEMPLATE, execute_notebook, make_pruned, make_run
+
+from s3pet_nb.lab.page import (command, facts, head_html, index, report, static_notebook, stopped_by_hand,
+                               stopped_early)
+from s3pet_nb.lab.plot import comparison_frame, plot_sizes, table
+from s3pet_nb.lab.store import Run
+
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("reports"), study="search", task=EVIL)
+    execute_notebook(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    run = make_pruned(tmp_path_factory.mktemp("pruned"), rounds=3)
+    execute_notebook(run, PRUNE_TEMPLATE)
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(run):
+    "The same run, its notebook stopped by a fault in the fourth figure, as the executor leaves it."
+    other = Run.create(run.folder.parent.parent, "stopped", run.params, "code")
+    for name in "log.jsonl", "structure.json", "result.json":
+        shutil.copy(run.folder / name, other.folder)
+    notebook = nbformat.read(run.folder / "run.ipynb", as_version=4)
+    at = next(
+        k
+        for k, cell in enumerate(notebook.cells)
+        if "plot_loss(run)" in cell.source and "show" in cell.source
+    )
+    notebook.cells[at].outputs = [
+        nbformat.v4.new_output(
+            "error",
+            ename="ValueError",
+            evalue=f"loss is not a number at step 7 of {EVIL}\nlong story",
+            traceback=["a frame of the traceback", "\x1b[31mValueError\x1b[0m"],
+        )
+    ]
+    for cell in notebook.cells[at + 1 :]:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    banner = nbformat.v4.new_markdown_cell("a banner", metadata={"tags": ["papermill-error-cell-tag"]})
+    notebook.cells.insert(0, banner)
+    nbformat.write(notebook, other.folder / "run.ipynb")
+    return other
+
+
+def body_of(path):
+    "The page without plotly.js."
+    text, script = path.read_text(), get_plotlyjs()
+    assert text.count(script) == 1, "plotly.js is in the page once"
+    return text.replace(script, "")
+
+
+def test_page_holds_figures_tables_and_prose_and_points_nowhere(run):
+    path = report(run)
+    body = body_of(path)
+    assert path == run.folder / "report.html" and path.stat().st_size < 6e6
+    assert body.count("Plotly.newPlot(") == N_FIGURES and body.count('<table class="numbers">') == 3
+    assert "The searched structure, three random ones" in body
+    links = set(re.findall(r'(?:src|href)="([^"#][^"]*)"', body))
+    assert links == {"run.ipynb", "params.json", "log.jsonl", "structure.json", "result.json"}
+    assert "http://" not in body and "https://" not in body
+
+
+def test_page_drops_progress_bars_and_tagged_parts(run):
+    body = body_of(report(run))
+    for text in "progress bar", "removed cell", "removed output":
+        assert text not in body
+    assert "removed" in body, "the code of an output that is removed stays"
+
+
+def test_head_says_what_was_asked_and_how_to_ask_again(run):
+    body = body_of(report(run))
+    for text in (
+        "all-MiniLM-L6-v2",
+        "4,542 parameters",
+        "2.00e-04",
+        "mix, 110 candidates",
+        f"search/{run.id}",
+        "3.0 minutes, 1.8 GB",
+        "s3pet search --task",
+        "--budget 0.0002 --seed 0",
+    ):
+        assert text in body
+    demo = make_run(run.folder.parent.parent, study="demo", steps=6, seed=3, backbone="minilm", lr=0.5,
+                    gate="local", baselines=["bitfit", "finetune"])
+    assert command(demo) == (
+        "s3pet demo --seed 3 --set search_steps=6 --set lr=0.5 --set gate=local --set baselines=bitfit,finetune")
+
+
+@pytest.mark.parametrize("asked", [{"targets": ["glue/rte"]}, {"own": 1}])
+def test_a_run_of_a_template_without_a_command_shows_none(tmp_path, asked):
+    run = make_run(tmp_path, study="tried", steps=6, **asked)
+    assert command(run) == "" and "Run it again" not in head_html(run, None)
+    assert "<span>Run it again</span><code>s3pet search" in head_html(make_run(tmp_path, study="tried", steps=6), None)
+
+
+@pytest.mark.parametrize("rows", [[{"test": 0.5}], [{"label": "searched", "test": "n/a"}], ["searched"], {"label": "x"}, 3])
+def test_a_result_that_makes_no_sense_leaves_the_index_to_others(tmp_path, rows):
+    whole, odd = (make_run(tmp_path, study=study, steps=6) for study in ("whole", "odd"))
+    for run in whole, odd:
+        (run.folder / "report.html").write_text("a report")
+    odd.save_result(odd.result | {"rows": rows})
+    text = index(tmp_path).read_text()
+    assert f"odd/{odd.id}/report.html" in text and f"{whole.result['rows'][0]['test']:.3f}" in text
+
+
+def test_head_says_gate_order_and_an_early_stop(tmp_path):
+    run = make_run(tmp_path, study="search", steps=12, gate="local", order="auto")
+    assert facts(run)["Gate and order"] == "local, auto" and "Stopped early" not in facts(run)
+    stopped = {"step": 1200, "saved": 0.4}, "after 1,200 of 2,000 steps: 40% of the search saved"
+    for early, said in (None, None), stopped:
+        search = {**run.result["search"], "gate": "local", "gap": 0.0, "planned": 2000, "early_stop": early}
+        run.save_result({**run.result, "search": search})
+        assert facts(run).get("Stopped early") == stopped_early(run.result) == said
+
+
+def test_head_says_what_was_stopped_by_hand(tmp_path):
+    run = make_run(tmp_path, study="search", steps=12)
+    assert "Stopped by hand" not in facts(run) and stopped_by_hand({}) is None
+    stops = [{"phase": "search", "step": 40, "steps": 160}, {"phase": "random-1", "step": 7, "steps": 2000}]
+    run.save_result({**run.result, "stopped": stops})
+    assert facts(run)["Stopped by hand"] == "search after 40 of 160 steps, random-1 after 7 of 2,000 steps"
+
+
+@pytest.mark.parametrize("asked, said", [
+    ({}, {"Criterion": "first-order, mean over all steps", "Pruning": "unstructured, in one round"}),
+    ({"average_over": 1, "granularity": "structured", "rounds": 3},
+     {"Criterion": "first-order at the end of training", "Pruning": "structured, in 3 rounds"}),
+    ({"average_over": 20}, {"Criterion": "first-order, mean over the last 20 steps"}),
+])
+def test_head_says_how_it_was_pruned_before_there_is_a_result_too(tmp_path, asked, said):
+    run = make_pruned(tmp_path, steps=6, finished=False, **asked)
+    assert (said | {"Protocol": "lawton"}).items() <= facts(run).items()
+
+
+@pytest.mark.parametrize("asked, said", [
+    ({}, "lawton"), ({"prune_steps": 0, "lr": 0.0, "dropout": True}, "lawton"),
+    ({"prune_steps": 400, "lr": 1e-3, "dropout": False}, "lawton, but prune_steps=400, lr=0.001, dropout off")])
+def test_head_says_what_was_given_in_place_of_the_protocols_numbers(tmp_path, asked, said):
+    assert facts(make_pruned(tmp_path, steps=6, finished=False, **asked))["Protocol"] == said
+
+
+def test_head_of_a_search_says_nothing_of_pruning(run):
+    assert not {"Criterion", "Pruning", "Protocol"} & set(facts(run))
+
+
+@pytest.mark.parametrize("study", ["prune", "budgets"])
+def test_a_pruning_is_asked_for_again_by_its_own_command(tmp_path, study):
+    run = make_pruned(tmp_path, steps=6, finished=False, study=study, average_over=1)
+    assert command(run) == (
+        "s3pet prune --task glue/cola --backbone minilm --space bias --budget 4631.0 "
+        "--granularity unstructured --criterion first-order --set average_over=1 --seed 0")
+
+
+def test_page_of_a_pruning(pruned):
+    body = body_of(report(pruned))
+    assert body.count("Plotly.newPlot(") == N_FIGURES and "The pruned structure" in body
+    assert "first-order, mean over all steps" in body and "unstructured, in 3 rounds" in body
+    assert "4,631 parameters" in body and "s3pet prune --task glue/cola" in body
+    (pruned.folder / "structure.safetensors").write_bytes(b"masks")
+    assert '<a href="structure.safetensors">' in body_of(report(pruned))
+    assert "<td>0.820</td>" in index(pruned.folder.parent.parent).read_text()
+
+
+def test_a_result_with_full_finetuning_and_other_baselines_is_shown(tmp_path):
+    run = make_run(tmp_path, study="search", steps=12)
+    result = run.result
+    rows = [row for row in result["rows"] if row["label"] != "lora-r1"]
+    tuned = {**rows[0], "label": "finetune", "structure": "finetune", "modules": None, "n_params": 22_713_216,
+             "test": 0.9}
+    run.save_result({**result, "rows": [*rows, {**rows[0], "label": "bitfit-cut", "test": 0.7}, tuned]})
+    shown = [{"application/vnd.plotly.v1+json": json.loads(plot_sizes(run).to_json())},
+             {"text/html": table(comparison_frame(run)).data}]
+    outputs = [nbformat.v4.new_output("display_data", data) for data in shown]
+    cells = [nbformat.v4.new_code_cell("show(run)", outputs=outputs)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), run.folder / "run.ipynb")
+    body = body_of(report(run))
+    assert body.count("Plotly.newPlot(") == 1 and ">22,713,216</td>" in body
+    text = index(tmp_path).read_text()
+    assert "<th>finetune</th>" in text and "<td>0.900</td>" in text and "<td>0.700</td>" in text
+
+
+def test_names_cannot_become_markup(run, stopped):
+    report(stopped)
+    report(run)
+    for path in (report(run), report(stopped), index(run.folder.parent.parent)):
+        text = path.read_text().replace(get_plotlyjs(), "")
+        assert EVIL not in text and "&lt;script&gt;alert(1)" in text
+    assert "<title>&lt;script&gt;alert(1)" in report(run).read_text()
+
+
+def test_report_is_the_same_every_time_and_leaves_the_notebook_alone(run):
+    before = (run.folder / "run.ipynb").read_bytes()
+    first = re.sub(r'id="cell-id=[^"]*"', "", report(run).read_text())
+    assert first == re.sub(r'id="cell-id=[^"]*"', "", report(run.folder).read_text())
+    assert (run.folder / "run.ipynb").read_bytes() == before
+    assert not [name for name in os.listdir(run.folder) if name.endswith(".tmp")]
+
+
+def test_partial_report_says_so_and_keeps_what_was_drawn(stopped):
+    body = body_of(report(stopped))
+    assert body.count("Plotly.newPlot(") == 3
+    assert (
+        "This run stopped before its end: ValueError: loss is not a number at step 7 of &lt;script&gt;"
+        in body
+    )
+    assert "long story" not in body and "a frame of the traceback" not in body and "a banner" not in body
+    assert "Parameters and versions" not in body
+
+
+def test_widgets_and_scripts_of_other_kinds_are_dropped():
+    cell = nbformat.v4.new_code_cell(
+        "live",
+        outputs=[
+            nbformat.v4.new_output(
+                "display_data",
+                {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "FigureWidget"},
+            ),
+            nbformat.v4.new_output(
+                "display_data", {"application/javascript": "alert(1)", "text/plain": "kept"}
+            ),
+            nbformat.v4.new_output("stream", name="stdout", text="said"),
+        ],
+    )
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"state": {}}})
+    copy, error = static_notebook(notebook)
+    assert error is None and "widgets" not in copy.metadata and "widgets" in notebook.metadata
+    assert [output.get("data", output.get("text")) for output in copy.cells[0].outputs] == [
+        {"text/plain": "kept"},
+        "said",
+    ]
+
+
+def test_report_without_a_notebook_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="execute its notebook first"):
+        report(Run.create(tmp_path, "study", {}, ""))
+
+
+def test_index_lists_reports_with_scores_and_links(run, stopped):
+    report(run)
+    report(stopped)
+    text = index(run.folder.parent.parent).read_text()
+    for one in (run, stopped):
+        assert f'<a href="{one.study}/{one.id}/report.html">' in text
+    assert (
+        "<td>0.820</td>" in text and "<td>0.784 (0.766 to 0.802, 3)</td>" in text and "<td>0.748</td>" in text
+    )
+    assert "http" not in text and text.count("<tr>") == 3
+
+
+def test_index_lists_studies_before_runs(tmp_path):
+    run = make_run(tmp_path, study="whole", steps=6)
+    make_run(tmp_path, study="whole", steps=6, seed=1, finished=False)
+    (run.folder / "report.html").write_text("a page")
+    told = {"whole": {"title": EVIL, "ids": [run.id, *map(str, range(1199))]}, "part": {"title": "", "ids": [run.id, "b", "c"], "folder": "whole"},
+            "begun": {"title": "Nothing yet", "ids": ["a", "b"]}, "torn": None, "other": {"ids": None}}
+    for name, study in told.items():
+        (tmp_path / name).mkdir(exist_ok=True)
+        text = json.dumps({"name": name} | (study or {}))
+        (tmp_path / name / "study.json").write_text(text if study else text[:5])
+    (tmp_path / "whole" / "index.html").write_text("a page")
+    text = index(tmp_path).read_text()
+    rows = re.findall("<tr>(<td>.*)</tr>", text)
+    assert rows[:3] == ["<td>begun</td><td>Nothing yet</td><td>0 of 2</td>",
+                        "<td>part</td><td></td><td>1 of 3</td>",
+                        '<td><a href="whole/index.html">whole</a></td>'
+                        "<td>&lt;script&gt;alert(1)&lt;/script&gt;</td><td>1 of 1,200</td>"]
+    assert len(rows) == 4 and f'<a href="whole/{run.id}/report.html">' in rows[3]
+    assert text.index("<h2>Studies</h2>") < text.index("<h2>Runs</h2>") and EVIL not in text
+
+
+def test_index_of_an_empty_folder_says_so(tmp_path):
+    text = index(tmp_path).read_text()
+    assert "There is no study and no report yet." in text and "<table" not in text
+
+
+def test_index_survives_parameters_of_a_template_of_ones_own(tmp_path):
+    run = Run.create(tmp_path, "own", {"criterion": "mine", "granularity": "coarse"}, "code")
+    (run.folder / "report.html").write_text("a page")
+    assert run.id in index(tmp_path).read_text()
+
+
+def visit(browser, path, width=1200, **settings):
+    "The open page, the addresses it asked for and everything it complained of."
+    page = browser.new_page(viewport={"width": width, "height": 900}, **settings)
+    asked, complaints = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+    page.goto(path.as_uri())
+    page.wait_for_load_state("networkidle")
+    return page, asked, complaints
+
+
+def n_drawn(page):
+    return page.locator(".js-plotly-plot:has(.main-svg)").count()
+
+
+@pytest.mark.parametrize("which, n_figures", [("run", N_FIGURES), ("stopped", 3), ("pruned", N_FIGURES)])
+def test_browser_draws_every_figure_and_asks_for_nothing(browser, request, which, n_figures):
+    path = report(request.getfixturevalue(which))
+    page, asked, complaints = visit(browser, path)
+    page.wait_for_function(f"document.querySelectorAll('.js-plotly-plot .main-svg').length >= {n_figures}")
+    assert n_drawn(page) == n_figures
+    assert asked == [path.as_uri()] and complaints == []
+    assert page.locator(".heatmaplayer image").count() == 1
+
+
+def test_browser_hides_the_code_until_it_is_asked_for(browser, run):
+    page, _, _ = visit(browser, report(run))
+    code = page.locator(".jp-CodeCell .highlight")
+    assert code.count() > 5 and not code.last.is_visible()
+    page.check("#show-code")
+    assert code.last.is_visible()
+    shown = [text for text in code.all_inner_texts() if text.strip().startswith("folder =")]
+    visible = [text for text in shown if page.get_by_text(text.strip(), exact=True).first.is_visible()]
+    assert len(shown) == 2 and len(visible) == 1 and str(run.folder) in visible[0]
+
+
+@pytest.mark.parametrize("width", [1200, 900, 420])
+def test_browser_clips_nothing(browser, run, width):
+    page, _, _ = visit(browser, report(run), width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for figure in page.locator(".plotly-graph-div").all():
+        box, svg = figure.bounding_box(), figure.locator(".main-svg").first.bounding_box()
+        assert svg["x"] >= box["x"] - 1 and svg["x"] + svg["width"] <= box["x"] + box["width"] + 1
+    if width == 1200:
+        assert page.evaluate("""[...document.querySelectorAll('table')].every(
+            table => table.offsetWidth <= table.parentElement.offsetWidth)""")
+
+
+def test_browser_opens_the_index_and_follows_its_link(browser, run):
+    report(run)
+    page, asked, complaints = visit(browser, index(run.folder.parent.parent))
+    assert len(asked) == 1 and complaints == []
+    page.get_by_role("link", name=run.id).first.click()
+    page.wait_for_selector(".js-plotly-plot .main-svg")
+    assert page.title().startswith(EVIL) and complaints == []

@@ -1,0 +1,496 @@
+"The statistics of a study, by hand and against scipy; and its tables, whatever names are in them."
+
+import math
+import random
+import time
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from s3pet_nb.lab.results import cost, differences, ranks, save_tables, scores, summary, transfer, wide
+from s3pet_nb.lab.store import Run
+from s3pet_nb.lab.study import Study, checked
+
+PARAMETERS = """\
+run_folder = ""
+task = "glue/cola"
+budget = 1e-4
+method = "greedy"
+baselines = ["bitfit"]
+width: int = None
+seed = 0"""
+ATTACK = "<img src=x onerror=alert(1)>"
+ODD = "50%_x & y|z"
+
+
+@pytest.fixture
+def make(tmp_path):
+    "Makes studies of a small template."
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})],
+        metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}})
+    nbformat.write(notebook, tmp_path / "measure.ipynb")
+    return lambda **content: checked("made", {"template": str(tmp_path / "measure.ipynb")} | content)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "reports"
+
+
+def put(study, question, root, rows, **more):
+    "The run folder of one question, with its result; `rows` are test scores by label, or whole rows."
+    run = root / (study.folder or study.name) / question.id
+    run.mkdir(parents=True, exist_ok=True)
+    if isinstance(rows, dict):
+        rows = [{"label": label, "n_params": 2_000, "validation": test, "test": test, "seconds": 30.0}
+                for label, test in rows.items()]
+    Run(run).save_result({"task": question.params["task"], "metric": "accuracy", "budget": 2_000,
+                          "n_backbone": 10_000_000, "rows": rows} | more)
+
+
+def answer(study, root, tests):
+    "All runs of a study in order; `tests` has, for each, its scores by label."
+    for question, rows in zip(study.questions(), tests, strict=True):
+        put(study, question, root, rows)
+    return scores(study, root)
+
+
+def searched(values):
+    return [{"searched": value} for value in values]
+
+
+def test_scores_that_are_equal_are_ties_whatever_averaging_leaves(make, root):
+    score = 279 / 408
+    tests = [{"searched": score, "random-1": score, "random-2": score, "random-3": score, "bitfit": score}] * 12
+    study = make(seeds=list(range(12)))
+    frame = answer(study, root, tests)
+    assert np.mean([score] * 3) != score, "else there is nothing to be mended"
+    assert (line := differences(study, frame).iloc[0]).ahead == 0 and line["mean"] == 0
+    found = ranks(frame)
+    assert found["rank"].tolist() == [2.0, 2.0, 2.0] and found.attrs["p"] is None
+
+
+# ---------------------------------------------------------------------------- scores
+
+
+def test_scores_have_one_row_per_trained_structure(make, root):
+    study = make(seeds=[0, 1])
+    frame = answer(study, root, [{"searched": 0.5, "random-1": 0.4, "random-2": 0.3}, {"searched": 0.6}])
+    assert list(frame) == ["method", "label", "row", "seed", "source", "task", "metric", "run_id", "budget",
+                           "n_params", "ratio", "validation", "test", "seconds"]
+    assert frame.label.tolist() == frame.row.tolist() == ["searched", "random", "random", "searched"]
+    assert frame.seed.tolist() == [0, 0, 0, 1] and frame.test.tolist() == [0.5, 0.4, 0.3, 0.6]
+    assert (frame.ratio == 2e-4).all() and (frame.method == "").all() and (frame.source == "glue/cola").all()
+    assert frame.attrs == {"study": "made", "done": 2, "asked": 2}
+    assert frame.run_id.unique().tolist() == [question.id for question in study.questions()]
+
+
+def test_only_finished_runs_of_this_study_count(make, root):
+    study = make(seeds=[0, 1, 2])
+    first, second, third = study.questions()
+    put(study, first, root, {"searched": 0.5})
+    (root / "made" / second.id).mkdir()
+    put(study, third, root, {"searched": 0.7})
+    (root / "made" / third.id / "result.json").write_text('{"rows": [{"label"')
+    stranger = root / "made" / "0123456789"
+    stranger.mkdir()
+    Run(stranger).save_result({"task": "glue/cola", "rows": [{"label": "searched", "test": 0.99}]})
+    frame = scores(study, root)
+    assert frame.test.tolist() == [0.5] and frame.attrs["done"] == 1 and frame.attrs["asked"] == 3
+
+
+def test_a_study_reads_the_runs_of_the_folder_it_names(make, root):
+    study = make(folder="elsewhere")
+    put(study, study.questions()[0], root, {"searched": 0.5})
+    assert (root / "elsewhere").is_dir() and len(scores(study, root)) == 1
+
+
+def test_a_result_that_says_little_is_read_all_the_same(make, root):
+    study = make(seeds=[0, 1, 2])
+    first, second, third = study.questions()
+    for question, result in ((first, {"rows": [{"label": "searched", "test": 0.5}]}), (second, {}),
+                             (third, {"task": "t", "rows": None})):
+        folder = root / "made" / question.id
+        folder.mkdir(parents=True)
+        Run(folder).save_result(result)
+    frame = scores(study, root)
+    assert frame.task.tolist() == ["glue/cola"] and frame.ratio.isna().all() and frame.attrs["done"] == 3
+    assert wide(study, frame).to_numpy().tolist() == [["searched", "–", "50.0"]]
+    assert cost(study, root).empty
+
+
+def test_a_failed_score_is_missing_and_not_zero(make, root):
+    frame = answer(make(seeds=[0, 1]), root, searched([None, 0.6]))
+    assert summary(frame)[["seeds", "mean"]].to_numpy().tolist() == [[1, 0.6]]
+
+
+@pytest.mark.parametrize("methods, rows", [
+    ({}, ["searched", "random"]),
+    ({"ours": {}}, ["ours", "random"]),
+    ({"ours": {}, "theirs": {"params": {"budget": 0.5}}},
+     ["ours", "random (ours)", "theirs", "random (theirs)"]),
+    ({"random": {}}, ["random", "random (random)"]),
+    ({"searched": {}}, ["searched", "random"]),
+])
+def test_a_row_is_a_method_or_a_label_and_never_two_things(make, root, methods, rows):
+    study = make(methods=methods)
+    frame = answer(study, root, [{"searched": 0.5, "random-1": 0.4}] * len(study))
+    assert frame.row.tolist() == rows
+
+
+def test_a_label_of_one_method_only_keeps_its_name(make, root):
+    study = make(methods={"ours": {}, "theirs": {"params": {"budget": 0.5}}})
+    frame = answer(study, root, [{"searched": 0.5, "bitfit": 0.4}, {"searched": 0.4}])
+    assert frame.row.tolist() == ["ours", "bitfit", "theirs"]
+
+
+def test_methods_that_ask_the_same_share_their_run(make, root):
+    study = make(methods={"one": {}, "same": {}})
+    frame = answer(study, root, searched([0.5, 0.5]))
+    assert frame.row.tolist() == ["one", "same"] and frame.attrs["asked"] == frame.attrs["done"] == 1
+
+
+def test_what_the_grid_varies_is_a_column_as_it_was_asked_for(make, root):
+    study = make(grid={"task": ["glue/cola"], "budget": [1e-4, 2e-4], "method": ["greedy", "exact"]},
+                 methods={"a": {}, "b": {"grid": {"baselines": [["bitfit", "lora"]], "budget": [0.5]}}})
+    frame = answer(study, root, searched([0.5] * 6))
+    assert list(frame)[2:8] == ["row", "budget", "params.method", "baselines", "seed", "source"]
+    assert frame.budget.tolist() == [1e-4, 1e-4, 2e-4, 2e-4, 0.5, 0.5]
+    assert frame["params.method"].tolist() == ["greedy", "exact"] * 3
+    assert frame.baselines.tolist() == ["bitfit"] * 4 + ["bitfit, lora"] * 2
+
+
+def test_a_seed_on_the_grid_is_a_seed(make, root):
+    frame = answer(make(grid={"seed": [0, 1, 2]}), root, searched([0.5, 0.6, 0.7]))
+    assert summary(frame).seeds.tolist() == [3] and "seed" not in summary(frame)
+
+
+def test_a_parameter_that_is_none_groups_like_any_value(make, root):
+    frame = answer(make(grid={"width": [None, 8]}, seeds=[0, 1]), root,
+                   [{"searched": 0.5 + k / 10, "random-1": 0.4} for k in range(4)])
+    assert summary(frame).query("row == 'searched'").seeds.tolist() == [2, 2]
+    assert differences(make(grid={"width": [None, 8]}), frame).pairs.tolist() == [2, 2]
+    assert ranks(frame).blocks.tolist() == [4, 4]
+    assert wide(make(), frame).width.tolist() == ["–", "–", "8", "8"]
+
+
+def test_five_hundred_runs_are_read_in_less_than_two_seconds(make, root, monkeypatch):
+    study = make(grid={"task": [f"task-{k}" for k in range(50)]}, seeds=list(range(10)))
+    questions = study.questions()
+    for question in questions:
+        put(study, question, root, {"searched": 0.5, "random-1": 0.4, "random-2": 0.3, "bitfit": 0.2})
+    monkeypatch.setattr(Study, "questions", lambda self: questions)
+    started = time.process_time()
+    frame = scores(study, root)
+    table = wide(study, frame)
+    taken = time.process_time() - started
+    assert len(frame) == 2_000 and table.shape == (3, 53) and taken < 2
+
+
+# ---------------------------------------------------------------------------- statistics over seeds
+
+
+def test_an_interval_by_hand(make, root):
+    "0.5, 0.6, 0.8: mean 19/30, variance 7/300, half width 4.3027 sd / sqrt 3."
+    frame = answer(make(seeds=[0, 1, 2]), root, searched([0.5, 0.6, 0.8]))
+    line = summary(frame).iloc[0]
+    sd = math.sqrt(7 / 300)
+    assert line.seeds == 3 and line["mean"] == pytest.approx(19 / 30) and line["median"] == 0.6
+    assert line.sd == pytest.approx(sd)
+    assert line.low == pytest.approx(19 / 30 - 4.302653 * sd / math.sqrt(3), abs=1e-6)
+    assert line.high == pytest.approx(19 / 30 + 4.302653 * sd / math.sqrt(3), abs=1e-6)
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.6], [0.5, 0.6, 0.8], [0.1, 0.4, 0.2, 0.9, 0.5]])
+def test_intervals_are_those_of_scipy(make, root, values):
+    line = summary(answer(make(seeds=list(range(len(values)))), root, searched(values))).iloc[0]
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
+    assert (line.low, line.high) == pytest.approx((low, high))
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_seed_has_no_spread_and_equal_seeds_have_none(make, root):
+    line = summary(answer(make(seeds=[0]), root, searched([0.5]))).iloc[0]
+    assert line["mean"] == 0.5 and np.isnan([line.sd, line.low, line.high]).all()
+    line = summary(answer(make(seeds=[0, 1, 2]), root, searched([0.5] * 3))).iloc[0]
+    assert [line.sd, line.low, line.high] == [0, 0.5, 0.5]
+
+
+def test_several_of_a_kind_in_a_run_are_one_value(make, root):
+    frame = answer(make(seeds=[0, 1]), root, [{"random-1": 0.1, "random-2": 0.3}, {"random-1": 0.4}])
+    line = summary(frame).iloc[0]
+    assert line.seeds == 2 and line["mean"] == pytest.approx(0.3)
+    assert line.sd == pytest.approx(math.sqrt(0.02))
+
+
+# ---------------------------------------------------------------------------- differences
+
+
+def test_a_paired_interval_by_hand(make, root):
+    "Gains 0.1, 0.2, 0.6 have mean 0.3 and variance 0.07: half width 4.3027 sqrt(0.07 / 3), t = 1.964."
+    study = make(seeds=[0, 1, 2])
+    frame = answer(study, root, [{"searched": 0.5, "random-1": 0.3, "random-2": 0.5},
+                                 {"searched": 0.7, "random-1": 0.5}, {"searched": 0.8, "random-1": 0.2}])
+    line, = differences(study, frame).to_dict("records")
+    half = 4.302653 * math.sqrt(0.07 / 3)
+    assert (line["row"], line["against"], line["task"]) == ("searched", "random", "glue/cola")
+    assert (line["pairs"], line["ahead"]) == (3, 3) and line["mean"] == pytest.approx(0.3)
+    assert line["low"] == pytest.approx(0.3 - half, abs=1e-6)
+    assert line["high"] == pytest.approx(0.3 + half, abs=1e-6)
+    assert line["p"] == pytest.approx(2 * stats.t.sf(0.3 / math.sqrt(0.07 / 3), 2))
+
+
+def test_a_label_is_taken_from_the_same_run(make, root):
+    study = make(seeds=[0, 1], methods={"a": {}, "b": {"params": {"budget": 0.5}}})
+    frame = answer(study, root, [{"searched": 0.5, "random-1": 0.4}, {"searched": 0.9, "random-1": 0.2},
+                                 {"searched": 0.6, "random-1": 0.4}, {"searched": 0.9}])
+    found = differences(study, frame).set_index("row")
+    assert found["mean"].to_dict() == pytest.approx({"a": 0.15, "b": 0.7})
+    assert found.pairs.to_dict() == {"a": 2, "b": 1}
+
+
+def test_a_method_is_paired_by_task_grid_point_and_seed(make, root):
+    study = make(seeds=[0, 1], grid={"task": ["x", "y"], "budget": [0.1, 0.2]}, against="b",
+                 methods={"a": {}, "b": {"params": {"method": "exact"}}})
+    value, rng = {}, random.Random(0)
+    for question in study.questions():
+        asked, test = question.params, rng.random()
+        value[question.method, asked["task"], asked["budget"], asked["seed"]] = test
+        put(study, question, root, {"searched": test, "random-1": 0.4})
+    found = differences(study, scores(study, root))
+    assert set(found.row) == {"a"} and len(found) == 2 * 3
+    for line in found.itertuples():
+        tasks = ["x", "y"] if line.task == "all" else [line.task]
+        keys = [(task, line.budget, seed) for task in tasks for seed in (0, 1)]
+        ours, theirs = ([value[method, *key] for key in keys] for method in ("a", "b"))
+        test = stats.ttest_rel(ours, theirs)
+        assert line.pairs == len(keys) and line.p == pytest.approx(test.pvalue)
+        assert (line.low, line.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
+        assert line.ahead == sum(a > b for a, b in zip(ours, theirs))
+
+
+def test_a_method_without_the_grid_stands_beside_every_point(make, root):
+    study = make(seeds=[0, 1], grid={"budget": [0.1, 0.2]}, against="whole",
+                 methods={"ours": {}, "whole": {"grid": {"budget": None}, "params": {"budget": 1.0}}})
+    frame = answer(study, root, searched([0.5, 0.6, 0.3, 0.7, 0.8, 0.5]))
+    found = differences(study, frame)
+    assert found.budget.tolist() == [0.1, 0.2] and found["mean"].tolist() == pytest.approx([0.2, 0.3])
+
+
+def test_missing_runs_leave_the_pairs_that_are_there(make, root):
+    study = make(seeds=[0, 1, 2], against="b", methods={"a": {}, "b": {"params": {"budget": 0.5}}})
+    for k, question in enumerate(study.questions()):
+        if k not in (0, 5):
+            put(study, question, root, {"searched": k / 10})
+    line, = differences(study, scores(study, root)).to_dict("records")
+    assert line["pairs"] == 1 and line["mean"] == pytest.approx(-0.1) and line["ahead"] == 0
+    assert np.isnan([line["low"], line["high"], line["p"]]).all()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("gain", [0.0, 0.1])
+def test_equal_differences_have_no_p(make, root, gain):
+    "A t statistic of no variance is infinite or none; a p of 0 would claim what two seeds cannot show."
+    study = make(seeds=[0, 1])
+    frame = answer(study, root, [{"searched": x + gain, "random-1": x} for x in (0.5, 0.7)])
+    line, = differences(study, frame).to_dict("records")
+    assert line["mean"] == pytest.approx(gain) and math.isnan(line["p"])
+
+
+def test_a_label_of_one_method_is_paired_with_the_others_too(make, root):
+    study = make(seeds=[0, 1], against="bitfit", methods={"a": {}, "b": {"params": {"budget": 0.5}}})
+    frame = answer(study, root, [{"searched": 0.5, "bitfit": 0.4}, {"searched": 0.7},
+                                 {"searched": 0.6, "bitfit": 0.3}, {"searched": 0.4}])
+    found = differences(study, frame).set_index("row")
+    assert found["mean"].to_dict() == pytest.approx({"a": 0.2, "b": 0.2})
+    assert found.pairs.to_dict() == {"a": 2, "b": 2} and found.ahead.to_dict() == {"a": 2, "b": 2}
+
+
+def test_a_method_that_has_not_run_is_not_mistaken_for_a_label(make, root):
+    study = make(seeds=[0, 1], methods={"a": {}, "random": {"params": {"budget": 0.5}}})
+    for question in study.questions()[::2]:
+        put(study, question, root, {"searched": 0.5, "random-1": 0.4})
+    assert differences(study, scores(study, root)).empty
+
+
+def test_against_something_that_no_run_has_gives_no_line(make, root):
+    study = make(against="bitfit")
+    assert differences(study, answer(study, root, [{"searched": 0.5, "random-1": 0.4}])).empty
+
+
+def test_a_single_task_is_not_said_twice(make, root):
+    study = make(seeds=[0, 1])
+    frame = answer(study, root, [{"searched": 0.5, "random-1": 0.4}] * 2)
+    assert differences(study, frame).task.tolist() == ["glue/cola"]
+
+
+# ---------------------------------------------------------------------------- ranks
+
+
+def test_ranks_share_ties_and_need_whole_blocks(make, root):
+    study = make(seeds=[0, 1, 2])
+    frame = answer(study, root, [{"searched": 0.5, "bitfit": 0.5, "lora": 0.1},
+                                 {"searched": 0.9, "bitfit": 0.2, "lora": 0.3},
+                                 {"searched": 0.1, "lora": 0.2}])
+    found = ranks(frame)
+    assert found.to_dict("list") == {"row": ["searched", "bitfit", "lora"], "rank": [1.25, 2.25, 2.5],
+                                     "blocks": [2, 2, 2]}
+    assert found.attrs["p"] is None
+
+
+def test_ranks_and_friedman_are_those_of_scipy(make, root):
+    study = make(seeds=list(range(6)), grid={"task": ["x", "y"]})
+    table = np.random.default_rng(0).integers(0, 5, (12, 4)) / 10
+    frame = answer(study, root, [dict(zip(("searched", "a", "b", "c"), map(float, line))) for line in table])
+    found = ranks(frame)
+    expected = dict(zip(("searched", "a", "b", "c"), stats.rankdata(-table, axis=1).mean(axis=0)))
+    assert found.set_index("row")["rank"].to_dict() == pytest.approx(expected)
+    assert found["rank"].is_monotonic_increasing
+    assert found.attrs["p"] == pytest.approx(stats.friedmanchisquare(*table.T).pvalue)
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_that_never_differ_have_equal_ranks_and_no_p(make, root):
+    frame = answer(make(seeds=list(range(12))), root, [{"searched": 0.5, "a": 0.5, "b": 0.5}] * 12)
+    assert ranks(frame)["rank"].tolist() == [2, 2, 2] and ranks(frame).attrs["p"] is None
+
+
+def test_ranks_without_a_whole_block_are_missing(make, root):
+    frame = answer(make(seeds=[0, 1]), root, [{"searched": 0.5}, {"bitfit": 0.5}])
+    assert ranks(frame).blocks.tolist() == [0, 0] and ranks(frame)["rank"].isna().all()
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+def two_tasks(make, root, **content):
+    study = make(seeds=[0, 1], grid={"task": ["x", "y"]}, **content)
+    frame = answer(study, root, [{"searched": 0.5, "bitfit": 0.2}, {"searched": 0.7},
+                                 {"searched": 0.6, "bitfit": 0.4}, {"searched": 0.7}])
+    return study, frame
+
+
+def test_the_wide_table_is_the_papers(make, root):
+    study, frame = two_tasks(make, root)
+    assert wide(study, frame).to_dict("records") == [
+        {"row": "searched", "ratio, 1e-4": "2.00", "x": "55.0 ± 7.1", "y": "70.0 ± 0.0", "average": "62.5"},
+        {"row": "bitfit", "ratio, 1e-4": "2.00", "x": "30.0 ± 14.1", "y": "–", "average": "–"}]
+
+
+def test_medians_where_the_study_wants_them(make, root):
+    study, frame = two_tasks(make, root, statistic="median")
+    assert wide(study, frame).iloc[0].tolist() == ["searched", "2.00", "55.0", "70.0", "62.5"]
+
+
+def test_the_size_is_a_count_where_the_backbone_has_none(make, root):
+    study = make()
+    put(study, study.questions()[0], root, [{"label": "searched", "n_params": 21_500, "test": 0.5}],
+        n_backbone=None)
+    assert wide(study, scores(study, root)).to_dict("records") == [
+        {"row": "searched", "parameters": "21,500", "glue/cola": "50.0"}]
+
+
+def test_full_fine_tuning_has_a_readable_ratio(make, root):
+    study = make()
+    put(study, study.questions()[0], root, [{"label": "finetune", "n_params": 10_000_000, "test": 0.5}])
+    assert wide(study, scores(study, root))["ratio, 1e-4"].tolist() == ["10,000"]
+
+
+def test_transfer_has_sources_down_and_targets_across(make, root):
+    study = make(seeds=[0, 1], grid={"task": ["x", "y"]})
+    for question in study.questions():
+        seed, source = question.params["seed"], question.params["task"]
+        rows = [{"label": label, "task": target, "metric": f"metric of {target}", "n_params": 10,
+                 "test": (0.5 if label == "searched" else 0.3) + 0.1 * seed + 0.1 * (source == target)}
+                for label in ("searched", "random-1") for target in ("x", "y", "z")]
+        put(study, question, root, rows)
+    frame = scores(study, root)
+    assert frame.groupby("task").metric.unique().explode().to_dict() == {t: f"metric of {t}" for t in "xyz"}
+    found = transfer(frame)
+    assert list(found) == ["row", "source", "x", "y", "z"]
+    assert found.source.tolist() == ["x", "", "y"]
+    assert found.row.tolist() == ["searched", "random", "searched"]
+    assert found[["x", "y", "z"]].to_numpy() == pytest.approx(
+        np.array([[0.65, 0.55, 0.55], [0.40, 0.40, 0.35], [0.55, 0.65, 0.55]]))
+    paired = differences(study, frame)  # of each target and seed, the mean over the sources
+    assert paired.task.tolist() == ["x", "y", "z", "all"] and paired.pairs.tolist() == [2, 2, 2, 6]
+    assert paired["mean"].tolist() == pytest.approx([0.2] * 4)
+
+
+def test_a_row_that_was_not_moved_has_one_line(make, root):
+    study = make(methods={"moved": {"grid": {"task": ["a", "b"]}}, "at home": {"grid": {"task": ["x", "y"]}}},
+                 against="at home")
+    for question in study.questions():
+        targets = ["x", "y"] if question.method == "moved" else [question.params["task"]]
+        test = 0.6 if question.method == "at home" else 0.5
+        put(study, question, root, [{"label": "searched", "task": target, "n_params": 10, "test": test}
+                                    for target in targets])
+    frame = scores(study, root)
+    assert transfer(frame).to_numpy().tolist() == [
+        ["moved", "a", 0.5, 0.5], ["moved", "b", 0.5, 0.5], ["at home", "", 0.6, 0.6]]
+    found = differences(study, frame)
+    assert found.row.unique().tolist() == ["moved"] and found["mean"].tolist() == pytest.approx([-0.1] * 3)
+
+
+def test_a_grid_of_counts_is_readable(make, root):
+    study = make(grid={"budget": [3_400_000, 2e-4], "width": [None]})
+    frame = answer(study, root, searched([0.5, 0.6]))
+    table = wide(study, frame)
+    assert table.budget.tolist() == ["3,400,000", "0.0002"] and table.width.tolist() == ["–", "–"]
+
+
+def test_cost_says_what_searching_took(make, root):
+    study = make(seeds=[0, 1], grid={"budget": [0.1, 0.2]})
+    more = [{"search": {"seconds": 60.0, "passes": 900}}, {"prune": {"seconds": 15.0}},
+            {"search": {"seconds": 120.0, "passes": 1_100}}, {}]
+    for question, said in zip(study.questions(), more):
+        put(study, question, root, {"searched": 0.5, "random-1": 0.4}, **said)
+    for question, peak in zip(study.questions()[::2], [1_000.0, 2_000.0]):  # those of the first budget
+        for phase, step, memory in ("search", 1, peak - 1), ("search", 2, peak), ("searched", 1, 9_000.0):
+            Run(root / study.name / question.id).log(
+                {"event": "step", "phase": phase, "step": step, "memory_mb": memory})
+    found = cost(study, root)
+    assert list(found) == ["row", "budget", "task", "runs", "search_seconds", "retrain_seconds", "ratio",
+                           "passes", "search_memory_mb"]
+    first, second = found.to_numpy().tolist()
+    assert first == ["searched", 0.1, "glue/cola", 2, 90.0, 30.0, 3.0, 1_000.0, 1_500.0]
+    assert second[:7] == ["searched", 0.2, "glue/cola", 1, 15.0, 30.0, 0.5]
+    assert math.isnan(second[7]) and math.isnan(second[8])
+
+
+def test_names_are_escaped_in_every_table(make, root, tmp_path):
+    study = make(grid={"task": [ATTACK, "b"]}, methods={ODD: {}, "new\nline": {"params": {"budget": 0.5}}})
+    answer(study, root, searched([0.5, 0.6, 0.7, 0.8]))
+    paths = save_tables(study, root, tmp_path / "new" / "tables")
+    assert [path.name for path in paths] == ["table.csv", "table.md", "table.tex", "scores.csv"]
+    comma, marked, latex, every = (path.read_text(encoding="utf-8") for path in paths)
+    assert "<" not in marked and "&lt;img src=x onerror=alert(1)&gt;" in marked
+    assert r"50%\_x &amp; y\|z" in marked and "new line" in marked and len(marked.splitlines()) == 4
+    assert r"50\%\_x \& y|z" in latex and r"\toprule" in latex
+    again = pd.read_csv(paths[0], dtype=str)
+    assert again[ATTACK].tolist() == ["50.0", "70.0"] and again.row.tolist() == [ODD, "new\nline"]
+    assert ATTACK in comma and pd.read_csv(paths[3]).test.tolist() == [0.5, 0.6, 0.7, 0.8]
+    assert {path.name for path in paths[0].parent.iterdir()} == {path.name for path in paths}
+
+
+def test_names_that_look_like_numbers_stay_as_they_are(make, root, tmp_path):
+    study = make(methods={"007": {}, "1e5": {"params": {"budget": 0.5}}})
+    answer(study, root, searched([0.5, 0.6]))
+    marked = save_tables(study, root, tmp_path)[1].read_text()
+    assert "| 007" in marked and "| 1e5" in marked and "| 50.0" in marked
+
+
+def test_a_study_without_results_has_empty_tables(make, root, tmp_path):
+    study = make(grid={"budget": [0.1, 0.2]}, seeds=[0, 1])
+    frame = scores(study, root)
+    assert frame.empty and frame.attrs == {"study": "made", "done": 0, "asked": 4}
+    made = [summary(frame), differences(study, frame), ranks(frame), wide(study, frame), transfer(frame),
+            cost(study, root)]
+    assert all(table.empty for table in made)
+    assert all("budget" in table for table in made if "blocks" not in table)
+    assert ranks(frame).attrs["p"] is None
+    assert all(path.is_file() for path in save_tables(study, root, tmp_path))

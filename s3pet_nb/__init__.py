@@ -5,11 +5,13 @@
 - `s3pet_nb.data.agreement`: A task that needs no download: generated English sentences whose words agree, or do not
 - `s3pet_nb.data.batch`: Rows become batches, and a model's answers become a score
 - `s3pet_nb.data.form`: How a model is asked a row of a task, and how its answer is read
+- `s3pet_nb.data.metric`: From labels and predictions to a score
 - `s3pet_nb.data.rows`: Rows of text: read from files or the hub, checked, compared and split
 - `s3pet_nb.data.task`: GLUE, SuperGLUE, the project's own agreement task, or rows of yours: splits, labels, metrics
 - `s3pet_nb.lab.explore`: Finished runs side by side: one search under any budget, structures compared, averages and sweeps
 - `s3pet_nb.lab.live`: A run that is watched while it goes on, and steered
 - `s3pet_nb.lab.lock`: A run has one owner at a time: a lock with a heartbeat, taken over when its owner is dead
+- `s3pet_nb.lab.log`: A log that grows: what it has said since the last look, kept small
 - `s3pet_nb.lab.page`: One page per run that draws without a network, and an index of all pages
 - `s3pet_nb.lab.plot`: What a run's log shows: a frame of numbers, and a figure of that frame
 - `s3pet_nb.lab.pool`: Run what a study has no result for: slots on this machine, retries, and a state that anybody can read
@@ -23,7 +25,9 @@
 - `s3pet_nb.lab.track`: The numbers of a run, also in MLflow or Weights & Biases
 - `s3pet_nb.lab.watch`: How a study goes: in the terminal while it runs, and in a notebook from anywhere
 - `s3pet_nb.learn.bilevel`: The gradient of the structural parameters through one step of the modules they gate
+- `s3pet_nb.learn.compute`: How a pass is run, where, and what it costs
 - `s3pet_nb.learn.learner`: One training loop for searching and for training; what watches it, and what brings it back
+- `s3pet_nb.learn.optim`: AdamW for many small weights: clipped, with a rate that falls, and stepped as one vector
 - `s3pet_nb.learn.protocol`: How a paper trains and scores, by name
 - `s3pet_nb.learn.prune`: Prune-search: train everything once, score every parameter on the way, keep what the budget pays for
 - `s3pet_nb.learn.search`: S3PET: which modules deserve the budget, learned by gradient

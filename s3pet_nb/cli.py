@@ -104,7 +104,7 @@ def _check_names(
 ) -> None:
     from s3pet_nb.core import UnknownName
     from s3pet_nb.data.form import FORMS
-    from s3pet_nb.learn.learner import PRECISIONS
+    from s3pet_nb.learn.compute import PRECISIONS
     from s3pet_nb.learn.protocol import PROTOCOLS
     from s3pet_nb.learn.train import BASELINES
 
@@ -356,7 +356,7 @@ def plan_text(
     slots: int,  # runs at a time
 ) -> str:
     "How many runs there are, how many are done, and how long the others will take."
-    from s3pet_nb.lab.live import duration
+    from s3pet_nb.lab.log import duration
     from s3pet_nb.lab.pool import Progress
 
     left = Progress(study, jobs, slots).estimate.left(jobs, slots, now=0)

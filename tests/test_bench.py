@@ -18,7 +18,8 @@ from bench.steps import SUBJECTS, Bench, bench_of, measure
 from rich.console import Console
 from torch.nn.functional import scaled_dot_product_attention
 
-from s3pet_nb.learn.learner import Compute, Records
+from s3pet_nb.learn.compute import Compute
+from s3pet_nb.learn.learner import Records
 from s3pet_nb.learn.search import SearchConfig, SearchStep
 from s3pet_nb.model.backbone import example_batch, tiny
 from s3pet_nb.model.space import attach, make_space

@@ -42,8 +42,7 @@ from plotly.offline import get_plotlyjs
 from traitlets.config import Config
 
 from ..core import write_text
-from .plot import structure_kind
-from .store import Run, run_folders
+from .store import Run, run_folders, structure_kind
 from .study import resolve, study
 
 # %% ../../nbs/lab/09_page.ipynb #report-008

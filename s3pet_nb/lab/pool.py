@@ -42,8 +42,8 @@ import psutil
 import torch
 
 from ..core import UnknownName
-from .live import Tail
 from .lock import Busy, Claim, claim
+from .log import Tail
 from .page import report
 from .run import RUN_MARK, RunFailed, answer, end_kernels
 from .store import Run, plain, write_json

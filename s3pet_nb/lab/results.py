@@ -37,8 +37,7 @@ import pandas as pd
 from scipy import stats
 
 from ..core import write_text
-from .plot import structure_kind
-from .store import Run
+from .store import Run, structure_kind
 from .study import Question, Study
 
 # %% ../../nbs/lab/08_results.ipynb #results-008

@@ -19,7 +19,7 @@ they lengthen what attention reads, instead of changing a hidden state at a name
 
 # %% auto #0
 __all__ = ['LINEAR', 'CROSS', 'NORM', 'BLOCK', 'ROLES', 'SPACES', 'Rule', 'lora_at', 'pack', 'unpack', 'module_name', 'Candidate',
-           'SearchSpace', 'check_rules', 'make_space', 'GatedModel', 'attach']
+           'SearchSpace', 'check_rules', 'make_space', 'GatedModel', 'attach', 'describe']
 
 # %% ../../nbs/model/05_space.ipynb #space-003
 import html
@@ -462,3 +462,14 @@ def attach(
             _wire_fused(gated, undo)
         _wire(gated, undo)
         yield gated
+
+# %% ../../nbs/model/05_space.ipynb #space-from-search
+def describe(
+    space: SearchSpace,
+    budget: int,  # B, a count
+) -> dict:
+    'The record that opens a search\'s log: {"event": "space", …}.'
+    candidates = [{"name": c.name, "stack": c.position.stack, "layer": c.position.layer,
+                   "role": c.position.role, "kind": c.position.kind, "module": c.module, "n": c.n}
+                  for c in space.candidates]
+    return {"event": "space", "space": space.name, "candidates": candidates, "budget": budget}

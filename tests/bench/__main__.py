@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from s3pet_nb.lab.run import kernel_environment
-from s3pet_nb.learn.learner import pick_device
+from s3pet_nb.learn.compute import pick_device
 
 from .bench import MISSING, QUICK, Plan, bench
 

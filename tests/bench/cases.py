@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 import transformers
+from s3pet_nb.core import to_device
 from s3pet_nb.data.batch import Batches, loader
 from s3pet_nb.data.form import Form, form_of
 from s3pet_nb.data.rows import Splits, halves
 from s3pet_nb.data.task import find_task
-from s3pet_nb.core import to_device
 from s3pet_nb.model.backbone import head_parameters, load_backbone, tiny
 from s3pet_nb.model.space import SearchSpace
 from s3pet_nb.model.structure import Structure, select

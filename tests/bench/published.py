@@ -20,8 +20,8 @@ import torch
 import transformers
 from s3pet_nb.learn.bilevel import accumulate, moved
 from s3pet_nb.learn.learner import Evaluate, Learner, Log, check_finite
-from s3pet_nb.learn.search import (LogGates, Pairs, SearchConfig, SearchResult, SearchStep, evaluate_gated,
-                                   negative_loss)
+from s3pet_nb.learn.optim import negative_loss
+from s3pet_nb.learn.search import LogGates, Pairs, SearchConfig, SearchResult, SearchStep, evaluate_gated
 from s3pet_nb.model.backbone import Position
 from s3pet_nb.model.budget import expected_size, resolve_budget
 from s3pet_nb.model.gate import Gate, ShiftedSigmoid

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 from s3pet_nb.data.batch import Batches, score
-from s3pet_nb.data.task import METRICS
+from s3pet_nb.data.metric import METRICS
 from s3pet_nb.lab.store import Run
 from s3pet_nb.learn.search import EarlyStop, SearchConfig, search
 from s3pet_nb.learn.train import TrainConfig, retrain

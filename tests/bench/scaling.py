@@ -6,8 +6,8 @@ from contextlib import ExitStack
 
 import torch
 from s3pet_nb.lab.store import Run
-from s3pet_nb.learn.learner import Compute
-from s3pet_nb.learn.search import Stepper
+from s3pet_nb.learn.compute import Compute
+from s3pet_nb.learn.optim import Stepper
 from s3pet_nb.model.fuse import fuse
 from s3pet_nb.model.gate import ShiftedSigmoid
 from s3pet_nb.model.space import attach, make_space

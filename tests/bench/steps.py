@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 import transformers
-from s3pet_nb.learn.learner import Compute
+from s3pet_nb.learn.compute import Compute
 from s3pet_nb.learn.prune import CRITERIA, ScoredStep
 from s3pet_nb.learn.search import SearchConfig, SearchStep, search
 from s3pet_nb.learn.train import TrainConfig, TrainStep

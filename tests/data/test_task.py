@@ -25,8 +25,9 @@ from transformers import AutoTokenizer
 
 from s3pet_nb.core import UnknownName
 from s3pet_nb.data.agreement import SEEN, UNSEEN, agreement_rows
+from s3pet_nb.data.metric import METRICS
 from s3pet_nb.data.rows import FILES, SPLIT_RULES, Splits, content, fill, halves
-from s3pet_nb.data.task import METRICS, TASKS, Task, copa_pairs, find_task, marked_spans
+from s3pet_nb.data.task import TASKS, Task, copa_pairs, find_task, marked_spans
 from s3pet_nb.learn.protocol import PROTOCOLS
 
 

@@ -14,7 +14,8 @@ import torch
 
 from s3pet_nb.core import UnknownName
 from s3pet_nb.lab import plot
-from s3pet_nb.lab.live import CURVES, Control, Monitor, Pace, Steered, Tail, Watched, points, status
+from s3pet_nb.lab.live import CURVES, Control, Monitor, Pace, Steered, Watched, points, status
+from s3pet_nb.lab.log import Tail
 from s3pet_nb.lab.store import Run
 from s3pet_nb.learn.learner import Callback, Checkpoint, Learner, load_state
 from s3pet_nb.learn.search import SearchConfig, search

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from s3pet_nb.learn.learner import Callback, Checkpoint, Compute, Records, load_state
+from s3pet_nb.learn.compute import Compute
+from s3pet_nb.learn.learner import Callback, Checkpoint, Records, load_state
+from s3pet_nb.learn.optim import negative_loss
 from s3pet_nb.learn.protocol import PROTOCOLS
 from s3pet_nb.learn.prune import (CRITERIA, GRANULARITIES, Moment, PruneConfig, ScoredStep, Units, drop, flat,
                                   geometric_budgets, prune_search, random_units)
-from s3pet_nb.learn.search import negative_loss
 from s3pet_nb.learn.train import TrainConfig, TrainStep, retrain
 from s3pet_nb.model.backbone import FAMILIES, example_batch, head_parameters, tiny
 from s3pet_nb.model.space import SPACES, lora_at, make_space

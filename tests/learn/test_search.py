@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.learn.learner import Checkpoint, Compute, Evaluate, Learner, Records, load_state
-from s3pet_nb.learn.search import (ALPHAS, SEARCH_ORDERS, SMALL, EarlyStop, SearchConfig, SearchResult,
-                                   Stepper, search)
+from s3pet_nb.learn.compute import Compute
+from s3pet_nb.learn.learner import Checkpoint, Evaluate, Learner, Records, load_state
+from s3pet_nb.learn.optim import SMALL, Stepper
+from s3pet_nb.learn.search import ALPHAS, SEARCH_ORDERS, EarlyStop, SearchConfig, SearchResult, search
 from s3pet_nb.learn.train import TrainConfig, retrain
 from s3pet_nb.model.backbone import FAMILIES, example_batch, tiny
 from s3pet_nb.model.gate import Annealed, HardConcrete, ShiftedSigmoid, StraightThrough, geometric

@@ -7,6 +7,7 @@
 - `s3pet_nb.data.form`: How a model is asked a row of a task, and how its answer is read
 - `s3pet_nb.data.metric`: From labels and predictions to a score
 - `s3pet_nb.data.rows`: Rows of text: read from files or the hub, checked, compared and split
+- `s3pet_nb.data.setup`: A task, a backbone that is asked it, and the loaders between them, in one line
 - `s3pet_nb.data.task`: GLUE, SuperGLUE, the project's own agreement task, or rows of yours: splits, labels, metrics
 - `s3pet_nb.lab.explore`: Finished runs side by side: one search under any budget, structures compared, averages and sweeps
 - `s3pet_nb.lab.live`: A run that is watched while it goes on, and steered
@@ -42,3 +43,37 @@
 - `s3pet_nb.model.structure`: What a search finds: a set of modules within the budget, as a small file that diffs well"""
 
 __version__ = "0.1.0"
+
+ROOMS = {  # names that can be imported from here, and the module that each one is read from when it is asked for
+    "model.backbone": ("load_backbone", "tiny"),
+    "model.budget": ("expected_size", "resolve_budget", "solve_zeta"),
+    "model.gate": ("binary_concrete", "shifted_sigmoid"),
+    "model.space": ("attach", "make_space"),
+    "model.structure": ("Structure", "select"),
+    "model.peft": ("merge", "to_peft"),
+    "data.task": ("TASKS", "Task"),
+    "data.batch": ("score", "scores"),
+    "data.setup": ("Setup",),
+    "learn.search": ("EarlyStop", "SearchConfig", "search"),
+    "learn.train": ("BASELINES", "TrainConfig", "random_structure", "retrain"),
+    "learn.prune": ("PruneConfig", "prune_search"),
+    "lab.store": ("Run",),
+    "lab.live": ("Monitor",),
+    "lab.explore": ("Explorer",),
+}
+__all__ = sorted(name for names in ROOMS.values() for name in names)
+
+
+def __getattr__(name: str) -> object:
+    "A public name, from its module, which is imported now."
+    from importlib import import_module
+
+    for room, names in ROOMS.items():
+        if name in names:
+            globals()[name] = getattr(import_module(f"s3pet_nb.{room}"), name)
+            return globals()[name]
+    raise AttributeError(f"module 's3pet_nb' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

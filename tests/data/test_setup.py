@@ -1,0 +1,64 @@
+"A task, a backbone and the loaders between them."
+import pytest
+import torch
+
+from s3pet_nb.core import UnknownName
+from s3pet_nb.data.batch import loader
+from s3pet_nb.data.form import Head
+from s3pet_nb.data.rows import halves
+from s3pet_nb.data.setup import Setup
+from s3pet_nb.data.task import TASKS
+from s3pet_nb.model.backbone import load_backbone
+
+
+def same(one, other):
+    "Whether two loaders give the same batches in the same order."
+    pairs = list(zip(one, other, strict=True))
+    return all(a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return Setup.of("agreement", seed=3, n_train=60, n_eval=10, batch_size=8)
+
+
+def test_it_is_what_its_parts_give_one_by_one(setup):
+    task = TASKS["agreement"]
+    rows = task.load(seed=3).head(60, 10)
+    model, tokenizer = load_backbone("minilm", seed=3)
+    half_delta, half_alpha = halves(rows.train, 3, rows.key)
+
+    def batches(part, seed=None):
+        return loader(part, Head(task), tokenizer, 8, seed)
+
+    assert same(setup.delta, batches(half_delta, 3))
+    assert same(setup.alpha, batches(half_alpha, 4))
+    assert same(setup.train, batches(rows.train, 3))
+    assert same(setup.validation, batches(rows.validation))
+    assert list(setup.tests) == ["test", "test_unseen"]
+    assert same(setup.tests["test"], batches(rows.test))
+    weights = setup.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_loader_begins_anew_when_it_is_asked_for_again(setup):
+    assert same(setup.train, setup.train)
+    assert not same(setup.train, setup.batches(setup.splits.train, seed=4))
+
+
+def test_all_rows_are_there_beside_those_that_are_used(setup):
+    assert setup.splits.sizes == {"train": 60, "validation": 10, "test": 10, "test_unseen": 10}
+    assert all(setup.whole.sizes[name] > n for name, n in setup.splits.sizes.items())
+
+
+def test_a_task_of_ones_own_and_a_form_by_name(setup):
+    task = setup.task
+    mine = Setup.of(task, form="head", n_train=20, n_eval=5, max_length=6)
+    assert mine.task is task and mine.form.name == "head"
+    assert max(batch["input_ids"].shape[1] for batch in mine.train) <= 6
+
+
+@pytest.mark.parametrize("given", [{"task": "agreemant"}, {"task": "agreement", "form": "haed"}])
+def test_an_unknown_name_is_refused_before_the_backbone_is_loaded(given):
+    with pytest.raises(UnknownName):
+        Setup.of(backbone="/no/such/folder", **given)

@@ -85,7 +85,8 @@ def of(
     whole = task.load(data_dir, seed, rule)
     form = FORMS[form](task) if form else form_of(task, backbone)
     model, tokenizer = load_backbone(backbone, form.head, form.n_labels, seed=seed)
-    return cls(form, model, tokenizer, whole, whole.head(n_train, n_eval), seed, batch_size, max_length, workers)
+    splits = whole.head(n_train, n_eval)
+    return cls(form, model, tokenizer, whole, splits, seed, batch_size, max_length, workers)
 
 # %% ../../nbs/data/06_setup.ipynb #setup-n12
 @patch(as_prop=True)
@@ -121,4 +122,5 @@ def validation(self: Setup) -> Batches:
 @patch(as_prop=True)
 def tests(self: Setup) -> dict[str, Batches]:
     "Batches of every test split, by its name, to be answered."
-    return {name: self.batches(rows) for name, rows in self.splits.items() if name not in ("train", "validation")}
+    return {name: self.batches(rows) for name, rows in self.splits.items()
+            if name not in ("train", "validation")}

@@ -50,7 +50,7 @@ from .backbone import KINDS, Position, positions, shape_of
 from .budget import check_budget, resolve_budget
 from .pet import PET_MODULES, LoRA, Settings, check_settings
 from .space import (ROLES, SPACES, Candidate, GatedModel, Rule, SearchSpace, attach,
-                                  check_rules, from_bits, module_name, to_bits)
+                                  check_rules, module_name, pack, unpack)
 
 # %% ../../nbs/model/06_structure.ipynb #structure-006
 def _greedy(p: np.ndarray, n: np.ndarray, B: int) -> np.ndarray:
@@ -248,7 +248,7 @@ class Structure:
             mine = {name: _mask(masks, f"{candidate.name}.{name}", shape)
                     for name, shape in candidate.shapes.items()}
             n = sum(int(mask.sum()) for mask in mine.values())
-            bits = {name: to_bits(mask) for name, mask in mine.items()} if n < candidate.of else {}
+            bits = {name: pack(mask) for name, mask in mine.items()} if n < candidate.of else {}
             if n:
                 modules.append(_keep(replace(candidate, n=n, bits=bits), score=score))
         if not modules:
@@ -551,7 +551,7 @@ def _fits(kept: Kept, place: Position) -> bool:
 
 def _check_bits(candidate: Candidate) -> None:
     shapes, bits = candidate.shapes, candidate.bits
-    if shapes.keys() != bits.keys() or candidate.n != sum(int(from_bits(bits[name], shape).sum())
+    if shapes.keys() != bits.keys() or candidate.n != sum(int(unpack(bits[name], shape).sum())
                                                           for name, shape in shapes.items()):
         raise ValueError(f"the masks of {candidate.name} are not those of its weights")
 

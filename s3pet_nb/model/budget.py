@@ -67,25 +67,25 @@ def _sizes(n: Vector) -> np.ndarray:
     return n
 
 # %% ../../nbs/model/02_budget.ipynb #budget-012
-def check_budget(
-    B: int,  # number of parameters
-    n: Vector,  # (N,) parameters that each candidate adds
-) -> None:
-    "`ValueError` where no candidate fits into `B`, or where all of them do and there is nothing to search."
+def check_budget(B: int, n: Vector) -> None:
+    """Whether a budget of B parameters leaves a choice among candidates of sizes n, (N,).
+
+    `ValueError` where none of them fits into it, or where all of them do.
+    """
     n = _sizes(n)
     smallest, whole = int(n.min()), int(n.sum())
-    given, allowed = f"a budget of {B:,} parameters", f"choose {smallest:,} to {whole:,}"
+    budget, allowed = f"a budget of {B:,} parameters", f"choose {smallest:,} to {whole:,}"
     if not B >= smallest:
-        raise ValueError(f"no module fits into {given}, the smallest adds {smallest:,}; {allowed}")
+        raise ValueError(f"no module fits into {budget}, the smallest adds {smallest:,}; {allowed}")
     if B > whole:
-        raise ValueError(f"nothing to search with {given}, the whole space has {whole:,}; {allowed}")
+        raise ValueError(f"nothing to search with {budget}, the whole space has {whole:,}; {allowed}")
 
 # %% ../../nbs/model/02_budget.ipynb #budget-015
-def expected_size(
-    p: Vector,  # (N,) activation probabilities
-    n: Vector,  # (N,) parameters that each candidate adds
-) -> float:  # parameters
-    "E[N] = sum of p n, in float64; `ValueError` unless the two have one shape."
+def expected_size(p: Vector, n: Vector) -> float:
+    """E[N] = sum of p n, in float64, for probabilities p (N,) and sizes n (N,) of the candidates.
+
+    `ValueError` unless the two have one shape.
+    """
     p, n = _float64(p), _float64(n)
     if p.shape != n.shape:
         raise ValueError(f"p has shape {p.shape}, n has {n.shape}; give one of each per candidate")
@@ -97,6 +97,18 @@ MARGIN = 1e-11  # of B
 TINY = 1e-300  # parameters; keeps the logarithm finite where every gate is shut
 
 
+def _root(alpha: np.ndarray, n: np.ndarray, target: float, tau: float, low: float, high: float) -> float:
+    "zeta in [low, high] with E[N] <= target, as near as float64 allows."
+    def excess(zeta: float) -> float:
+        return math.log((n @ expit((alpha - zeta) / tau) + TINY) / target)
+
+    zeta = brentq(excess, low, high, xtol=1e-13 * tau, rtol=4 * np.finfo(float).eps, maxiter=1_000)
+    step = 1e-13 * tau + np.spacing(abs(zeta))
+    while excess(zeta) > 0:
+        zeta, step = zeta + step, 2 * step
+    return float(zeta)
+
+# %% ../../nbs/model/02_budget.ipynb #budget-n00
 def solve_zeta(
     alpha: Vector,  # (N,) structural parameters
     n: Vector,  # (N,) parameters that each candidate adds
@@ -122,15 +134,3 @@ def solve_zeta(
     low = float(np.nextafter(alpha.min() - REACH * tau, -np.inf))
     high = float(np.nextafter(alpha.max() + REACH * tau, np.inf))
     return low if B >= n.sum() else _root(alpha, n, B * (1 - MARGIN), tau, low, high)
-
-
-def _root(alpha: np.ndarray, n: np.ndarray, target: float, tau: float, low: float, high: float) -> float:
-    "zeta in [low, high] with E[N] <= target, as near as float64 allows."
-    def excess(zeta: float) -> float:
-        return math.log((n @ expit((alpha - zeta) / tau) + TINY) / target)
-
-    zeta = brentq(excess, low, high, xtol=1e-13 * tau, rtol=4 * np.finfo(float).eps, maxiter=1_000)
-    step = 1e-13 * tau + np.spacing(abs(zeta))
-    while excess(zeta) > 0:
-        zeta, step = zeta + step, 2 * step
-    return float(zeta)

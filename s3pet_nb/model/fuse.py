@@ -34,8 +34,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from unittest import mock
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedModel
@@ -52,23 +54,18 @@ def _narrow(x: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
         return x @ y if b is None else torch.addmm(b, x, y)
     return x * y if b is None else torch.addcmul(b, x, y)
 
-
+# %% ../../nbs/model/04_fuse.ipynb #fuse-n00
 class LowRankLinear(torch.autograd.Function):
     """Of each product that reads h: `h W + b + (h down^T) up^T`, (T, d_out).
 
-    Takes h (T, d_in), then of each product W (d_in, d_out), which is frozen, b (d_out,) or None, down
-    (r, d_in) and up (d_out, r). Where h is act(x) of an x that is kept anyway, h is computed again
-    from it for the backward pass. It can be differentiated twice.
+    Takes act, x and h (T, d_in), then of each product W (d_in, d_out), which is frozen, b (d_out,) or None,
+    down (r, d_in) and up (d_out, r). What is kept for the backward pass is x: h itself without an `act`, else
+    what h = act(x) is computed again from. It can be differentiated twice.
     """
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        act: Callable[[Tensor], Tensor] | None,
-        x: Tensor,  # (T, d_in), what is kept; h itself without an `act`
-        h: Tensor,
-        *operands: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: FunctionCtx, act: Callable[[Tensor], Tensor] | None, x: Tensor, h: Tensor,
+                *operands: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases, downs, ups = (operands[k::4] for k in range(4))
         reads = h @ (torch.cat(downs) if len(downs) > 1 else downs[0]).t()  # (T, sum of r)
         reads = [u.contiguous() for u in reads.split([len(down) for down in downs], 1)]
@@ -124,28 +121,20 @@ class Vectors:
     "Shifted weight vectors of one width: for all of them one product of their Deltas with the gates."
 
     def __init__(self):
-        self.slots, self.pets, self.gates, self.rows = {}, [], [], []
+        self.slots = {}  # (owner, name of the vector in it) -> row
+        self.shifts = []  # (candidate, its module, row)
 
-    def add(self,
-            i: int,  # the candidate
-            pet: PETModule,  # with a `vector`
-            owner: nn.Module,  # of the weight vector
-            name: str,  # of the vector in its owner; a vector that it lacks counts from 0
-            ) -> None:
-        "Let candidate i shift `owner.name`."
-        self.pets.append(pet)
-        self.gates.append(i)
-        self.rows.append(self.slots.setdefault((owner, name), len(self.slots)))
+    def add(self, i: int, pet: PETModule, owner: nn.Module, name: str) -> None:
+        "Let candidate i shift `owner.name` by its `vector`; a vector that the owner lacks counts from 0."
+        self.shifts.append((i, pet, self.slots.setdefault((owner, name), len(self.slots))))
 
-    def prepare(self,
-                z: Tensor,  # (N,), where the model is
-                ) -> None:
-        "Put the shifted vectors of a pass in place."
-        deltas = torch.stack([pet.vector() for pet in self.pets])  # (K, d)
-        shifts = z[torch.tensor(self.gates, device=z.device), None] * deltas
+    def prepare(self, z: Tensor) -> None:
+        "Put the shifted vectors of a pass in place, for gates z (N,), where the model is."
+        candidates, pets, rows = zip(*self.shifts)
+        deltas = torch.stack([pet.vector() for pet in pets])  # (K, d)
+        shifts = z[torch.tensor(candidates, device=z.device), None] * deltas
         base = torch.stack([self.own(*slot, like=deltas[0]) for slot in self.slots])
-        rows = torch.tensor(self.rows, device=z.device)
-        shifted = base.index_add(0, rows, shifts.to(base.dtype))
+        shifted = base.index_add(0, torch.tensor(rows, device=z.device), shifts.to(base.dtype))
         for (owner, name), vector in zip(self.slots, shifted.unbind()):
             vars(owner)[name] = vector
 
@@ -162,19 +151,12 @@ class Vectors:
 
 # %% ../../nbs/model/04_fuse.ipynb #fuse-016
 class Product:
-    "One linear product of the backbone, with all that low-rank modules add to it."
+    "One linear product of the backbone, `nn.Linear` or GPT-2's `Conv1D`, with all that modules add to it."
 
-    def __init__(self,
-                 module: nn.Module,  # `nn.Linear`, or GPT-2's `Conv1D`
-                 together: "Together",
-                 ):
+    def __init__(self, module: nn.Module, together: "Together"):
         self.module, self.plain, self.together = module, module.forward, together
-        self.clear()
-        together.members.append(self)
-
-    def clear(self) -> None:
-        "Forget the last pass."
         self.parts = []  # (down, gated up) of every open module
+        together.members.append(self)
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         "Weight (d_in, d_out), bias, down and up, as `LowRankLinear` takes them."
@@ -189,7 +171,7 @@ class Product:
         "The product of h as the open modules change it; the backbone's own where none is open."
         return self.together.take(self, h) if self.parts else self.plain(h)
 
-
+# %% ../../nbs/model/04_fuse.ipynb #fuse-n03
 class Together:
     "Products of the backbone that read one hidden state."
 
@@ -201,12 +183,9 @@ class Together:
         "Forget the last pass."
         self.read, self.waiting = None, {}
         for member in self.members:
-            member.clear()
+            member.parts = []
 
-    def take(self,
-             member: Product,
-             h: Tensor,  # (..., d_in)
-             ) -> Tensor:  # (..., d_out)
+    def take(self, member: Product, h: Tensor) -> Tensor:
         "The result of one member; those of the others wait until they are called with the same `h`."
         if self.read is None or self.read() is not h or member not in self.waiting:
             self.read, self.waiting = weakref.ref(h), self.compute(h)
@@ -252,59 +231,47 @@ class Fused:
         self.low_rank.append((i, pet, self.products[position.path]))
         self.carried.add(i)
 
-    def prepare(self,
-                z: Tensor,  # (N,), where the model is
-                closed: Sequence[bool],  # (N,), gates that let neither a change nor a gradient through
-                ) -> None:
-        "Get ready for a pass with these gates."
-        for vectors in self.vectors.values():
-            vectors.prepare(z)
-        for together in self.together.values():
-            together.clear()
-        alike = defaultdict(list)
-        for i, pet, product in self.low_rank:
-            if not closed[i]:
-                down, up, scale = pet.factors()
-                alike[up.shape].append((i, scale, up, down, product))
-        for parts in alike.values():
-            gates, scales, ups, downs, products = zip(*parts)
-            gated = z[torch.tensor(gates, device=z.device)] * torch.tensor(scales, device=z.device)
-            ups = (gated[:, None, None] * torch.stack(ups)).unbind()
-            for product, down, up in zip(products, downs, ups):
-                product.parts.append((down, up))
+# %% ../../nbs/model/04_fuse.ipynb #fuse-n07
+@patch
+def prepare(self: Fused, z: Tensor, closed: Sequence[bool]) -> None:
+    "Get ready for a pass with gates z (N,), where the model is, of which those `closed` let nothing through."
+    for vectors in self.vectors.values():
+        vectors.prepare(z)
+    for together in self.together.values():
+        together.clear()
+    alike = defaultdict(list)
+    for i, pet, product in self.low_rank:
+        if not closed[i]:
+            down, up, scale = pet.factors()
+            alike[up.shape].append((i, scale, up, down, product))
+    for parts in alike.values():
+        candidates, scales, ups, downs, products = zip(*parts)
+        gated = z[torch.tensor(candidates, device=z.device)] * torch.tensor(scales, device=z.device)
+        ups = (gated[:, None, None] * torch.stack(ups)).unbind()
+        for product, down, up in zip(products, downs, ups):
+            product.parts.append((down, up))
 
-    @contextmanager
-    def wired(self, model: PreTrainedModel) -> Iterator[None]:
-        "Within it the backbone computes what was prepared."
-        with ExitStack() as undo:
-            for module in model.modules():
-                if isinstance(module, KEEPS_ITS_ARGUMENT):
-                    undo.callback(module.register_forward_hook(self.activated.note).remove)
-            for product in self.products.values():
-                undo.enter_context(_computes(product.module, product.forward))
-            for vectors in self.vectors.values():
-                undo.callback(vectors.clear)
-                for owner, name in vectors.slots:
-                    if name == "pet_shift":
-                        undo.callback(owner.register_forward_hook(_shift_output).remove)
-            yield
-
-
-@contextmanager
-def _computes(module: nn.Module, forward: Callable) -> Iterator[None]:
-    "Within it the module has another `forward`."
-    before = vars(module).pop("forward", None)
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(module)["forward"]
-        if before is not None:
-            vars(module)["forward"] = before
-
-
+# %% ../../nbs/model/04_fuse.ipynb #fuse-n09
 def _shift_output(owner: nn.Module, args: tuple, out: Tensor) -> Tensor:
     return out + owner.pet_shift.to(out.dtype)
+
+
+@patch
+@contextmanager
+def wired(self: Fused, model: PreTrainedModel) -> Iterator[None]:
+    "Within it the backbone computes what was prepared."
+    with ExitStack() as undo:
+        for module in model.modules():
+            if isinstance(module, KEEPS_ITS_ARGUMENT):
+                undo.callback(module.register_forward_hook(self.activated.note).remove)
+        for product in self.products.values():
+            undo.enter_context(mock.patch.object(product.module, "forward", product.forward))
+        for vectors in self.vectors.values():
+            undo.callback(vectors.clear)
+            for owner, name in vectors.slots:
+                if name == "pet_shift":
+                    undo.callback(owner.register_forward_hook(_shift_output).remove)
+        yield
 
 # %% ../../nbs/model/04_fuse.ipynb #fuse-020
 def _is_plain(module: nn.Module) -> bool:
@@ -317,12 +284,8 @@ def _declares(pet: PETModule, what: str) -> bool:
     return what in vars(kind) and getattr(pet, what)() is not None
 
 
-def fuse(
-    model: PreTrainedModel,
-    pets: Sequence[PETModule],
-    places: Sequence[Position],  # of the pets
-) -> Fused:
-    "The fast form of those `pets` that declare themselves; the others are not in `carried`."
+def fuse(model: PreTrainedModel, pets: Sequence[PETModule], places: Sequence[Position]) -> Fused:
+    "The fast form of those `pets`, at their `places`, that declare themselves: the ones in its `carried`."
     fused, vectors = Fused(), defaultdict(list)
     for i, (pet, position) in enumerate(zip(pets, places, strict=True)):
         module = model.get_submodule(position.path)
@@ -337,18 +300,15 @@ def fuse(
                 fused.shift(i, pets[i], module, target)
     return fused
 
-
+# %% ../../nbs/model/04_fuse.ipynb #fuse-n11
 @contextmanager
-def before_each_pass(
-    model: PreTrainedModel,
-    prepare: Callable[[], None],
-) -> Iterator[None]:
+def before_each_pass(model: PreTrainedModel, prepare: Callable[[], None]) -> Iterator[None]:
     "Within it `prepare` runs whenever the model, or one of its stacks by itself, is called from outside."
     depth = 0  # of the calls that have not returned
 
     def counted(forward: Callable) -> Callable:
         @wraps(forward)
-        def enter(*args, **kwargs):
+        def enter(*args: object, **kwargs: object) -> object:
             nonlocal depth
             if not depth:
                 prepare()
@@ -361,5 +321,5 @@ def before_each_pass(
 
     with ExitStack() as undo:
         for module in entries(model):
-            undo.enter_context(_computes(module, counted(module.forward)))
+            undo.enter_context(mock.patch.object(module, "forward", counted(module.forward)))
         yield

@@ -43,9 +43,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import Registry, UnknownName
+from ..core import Registry, check_names
 from .budget import Vector, solve_zeta
 
 # %% ../../nbs/model/03_gate.ipynb #gate-006
@@ -62,8 +63,7 @@ def shifted_sigmoid(
 
     `UnknownName` for another scope.
     """
-    if scope not in SCOPES:
-        raise UnknownName("scope of the shifted sigmoid", scope, SCOPES)
+    check_names("scope of the shifted sigmoid", [scope], SCOPES)
     p = torch.sigmoid((alpha - zeta) / tau)
     if scope == "local":
         return p
@@ -88,58 +88,40 @@ def binary_concrete(
 
 # %% ../../nbs/model/03_gate.ipynb #gate-018
 class Gate(ABC):
-    "From structural parameters to gates; the search knows nothing else about them."
+    "From structural parameters to gates, all of them vectors (N,); the search knows nothing else about them."
 
     @abstractmethod
-    def solve(self,
-              alpha: Tensor,  # (N,)
-              n: Vector,  # (N,) parameters that each candidate adds
-              B: int,  # number of parameters
-              ) -> float:  # zeta
-        "The shift that meets the budget; solve it again after every change of alpha."
+    def solve(self, alpha: Tensor, n: Vector, B: int) -> float:
+        "The shift zeta that meets a budget of B parameters; solve it again after every change of alpha."
 
     @abstractmethod
-    def p(self,
-          alpha: Tensor,  # (N,)
-          zeta: float,
-          ) -> Tensor:  # (N,)
+    def p(self, alpha: Tensor, zeta: float) -> Tensor:
         "Activation probabilities."
 
     @abstractmethod
-    def z(self,
-          p: Tensor,  # (N,)
-          u: Tensor,  # (N,) uniform noise, the same for all losses of one step
-          ) -> Tensor:  # (N,) in [0, 1]
-        "Gate samples."
+    def z(self, p: Tensor, u: Tensor) -> Tensor:
+        "Gate samples in [0, 1], with uniform noise u, the same for all losses of one step."
 
-    def expected(self,
-                 p: Tensor,  # (N,)
-                 ) -> Tensor:  # (N,) in [0, 1]
-        "Gates without noise, for an evaluation: z = p."
+    def expected(self, p: Tensor) -> Tensor:
+        "Gates in [0, 1] without noise, for an evaluation: z = p."
         return p
 
-    def closed(self,
-               z: Tensor,  # (N,) samples of this gate
-               ) -> Tensor:  # (N,) bool
-        """Gates that let neither a change nor a gradient through, so that their modules can be left out.
+    def closed(self, z: Tensor) -> Tensor:
+        """Which of these samples let neither a change nor a gradient through: their modules can be left out.
 
         A gate at 0 whose z has a gradient is not among them, unless the kind of gate says that it has none.
         """
         return (z == 0) & (not z.requires_grad)
 
-    def penalty(self,
-                p: Tensor,  # (N,)
-                ) -> Tensor:  # ()
-        "What is added to the loss of alpha: nothing."
+    def penalty(self, p: Tensor) -> Tensor:
+        "What is added to the loss of alpha, one number: nothing."
         return p.new_zeros(())
 
-    def at(self,
-           progress: float,  # steps taken, as a share of all steps
-           ) -> "Gate":
-        "The gate at that time of the search: itself."
+    def at(self, progress: float) -> "Gate":
+        "The gate when `progress`, a share of all steps, has been made: itself."
         return self
 
-
+# %% ../../nbs/model/03_gate.ipynb #gate-n01
 def _check_positive(**values: float) -> None:
     "`ValueError` naming the first value that is not a positive number."
     for name, value in values.items():
@@ -160,8 +142,7 @@ class ShiftedSigmoid(Gate):
 
     def __post_init__(self):
         _check_positive(tau=self.tau, beta=self.beta)
-        if self.scope not in SCOPES:
-            raise UnknownName("scope of the shifted sigmoid", self.scope, SCOPES)
+        check_names("scope of the shifted sigmoid", [self.scope], SCOPES)
 
     def solve(self, alpha: Tensor, n: Vector, B: int) -> float:
         "The shift for which E[N] is B and not above."
@@ -205,13 +186,6 @@ class HardConcrete(Gate):
         if not 0 <= self.weight < math.inf:
             raise ValueError(f"weight must be 0 or a positive number, not {self.weight}")
 
-    @property
-    def _shift(self) -> float:
-        return self.beta * math.log(-self.low / self.high)
-
-    def _stretch(self, s: Tensor) -> Tensor:
-        return (s * (self.high - self.low) + self.low).clamp(0, 1)
-
     def solve(self, alpha: Tensor, n: Vector, B: int) -> float:
         "0: there is no shift, and the budget is not met."
         return 0.0
@@ -223,39 +197,56 @@ class HardConcrete(Gate):
     def z(self, p: Tensor, u: Tensor) -> Tensor:
         return self._stretch(torch.sigmoid((_logit(u) + _logit(p) + self._shift) / self.beta))
 
-    def closed(self, z: Tensor) -> Tensor:
-        "Those that were cut at 0: the cut passes no gradient."
-        return z == 0
+# %% ../../nbs/model/03_gate.ipynb #gate-n03
+@patch(as_prop=True)
+def _shift(self: HardConcrete) -> float:
+    return self.beta * math.log(-self.low / self.high)
 
-    def expected(self, p: Tensor) -> Tensor:
-        "The stretched sigmoid of alpha, cut at 0 and 1."
-        return self._stretch(torch.sigmoid(_logit(p) + self._shift))
 
-    def penalty(self, p: Tensor) -> Tensor:
-        "weight * sum p, the expected number of open gates times a price."
-        return self.weight * p.sum()
+@patch
+def _stretch(self: HardConcrete, s: Tensor) -> Tensor:
+    return (s * (self.high - self.low) + self.low).clamp(0, 1)
+
+
+@patch
+def expected(self: HardConcrete, p: Tensor) -> Tensor:
+    "The stretched sigmoid of alpha, cut at 0 and 1."
+    return self._stretch(torch.sigmoid(_logit(p) + self._shift))
+
+
+@patch
+def closed(self: HardConcrete, z: Tensor) -> Tensor:
+    "Those that were cut at 0: the cut passes no gradient."
+    return z == 0
+
+
+@patch
+def penalty(self: HardConcrete, p: Tensor) -> Tensor:
+    "weight * sum p, the expected number of open gates times a price."
+    return self.weight * p.sum()
 
 # %% ../../nbs/model/03_gate.ipynb #gate-030
 Schedule = Callable[[float], float]
 
 
-def linear(
-    start: float,  # at progress 0
-    end: float,  # at progress 1
-) -> Schedule:
-    "From start to end by equal differences."
+def linear(start: float, end: float) -> Schedule:
+    "From `start` at progress 0 to `end` at progress 1 by equal differences."
     return lambda progress: start * (1 - progress) + end * progress
 
 
-def geometric(
-    start: float,  # at progress 0
-    end: float,  # at progress 1
-) -> Schedule:
-    "From start to end by equal ratios; `ValueError` unless both are positive numbers."
+def geometric(start: float, end: float) -> Schedule:
+    "From `start` at progress 0 to `end` at progress 1 by equal ratios; `ValueError` unless both are above 0."
     _check_positive(start=start, end=end)
     return lambda progress: start ** (1 - progress) * end ** progress
 
 # %% ../../nbs/model/03_gate.ipynb #gate-031
+def _of_first_step(name: str) -> Callable:
+    "A method of `Annealed` that is the method `name` of its gate at progress 0."
+    def method(self: "Annealed", *args: object) -> object:
+        return getattr(self.at(0.0), name)(*args)
+    return method
+
+
 @dataclass(frozen=True)
 class Annealed(Gate):
     "A gate whose temperatures follow schedules; `ValueError` where the gate lacks the temperature."
@@ -264,6 +255,9 @@ class Annealed(Gate):
     tau: Schedule | None = None  # in place of the gate's tau; None leaves it
     beta: Schedule | None = None  # likewise
 
+    solve, p, z = map(_of_first_step, ("solve", "p", "z"))
+    expected, closed, penalty = map(_of_first_step, ("expected", "closed", "penalty"))
+
     def __post_init__(self):
         for name in self._schedules():
             if not hasattr(self.gate, name):
@@ -271,8 +265,8 @@ class Annealed(Gate):
         self.at(0.0)
 
     def _schedules(self) -> dict[str, Schedule]:
-        given = {"tau": self.tau, "beta": self.beta}
-        return {name: schedule for name, schedule in given.items() if schedule is not None}
+        schedules = {"tau": self.tau, "beta": self.beta}
+        return {name: schedule for name, schedule in schedules.items() if schedule is not None}
 
     def at(self, progress: float) -> Gate:
         "A plain gate with the temperatures at `progress`; `ValueError` if that is not in [0, 1]."
@@ -281,61 +275,33 @@ class Annealed(Gate):
         now = {name: schedule(progress) for name, schedule in self._schedules().items()}
         return replace(self.gate, **now)
 
-    def solve(self, alpha: Tensor, n: Vector, B: int) -> float:
-        return self.at(0.0).solve(alpha, n, B)
-
-    def p(self, alpha: Tensor, zeta: float) -> Tensor:
-        return self.at(0.0).p(alpha, zeta)
-
-    def z(self, p: Tensor, u: Tensor) -> Tensor:
-        return self.at(0.0).z(p, u)
-
-    def expected(self, p: Tensor) -> Tensor:
-        return self.at(0.0).expected(p)
-
-    def closed(self, z: Tensor) -> Tensor:
-        return self.gate.closed(z)
-
-    def penalty(self, p: Tensor) -> Tensor:
-        return self.at(0.0).penalty(p)
-
 # %% ../../nbs/model/03_gate.ipynb #gate-034
-GATES = Registry("gate")
-
-
-def _maker(kind: type[Gate], **fixed) -> Callable[..., Gate]:
+def _maker(kind: type[Gate], **fixed: str) -> Callable[..., Gate]:
     "A function that makes gates of `kind` from keyword settings, some of them fixed."
     known = [field.name for field in fields(kind) if field.name not in fixed]
 
     def make(**settings: float) -> Gate:
-        for name in settings:
-            if name not in known:
-                raise UnknownName(f"setting of the gate {kind.__name__}", name, known)
+        check_names(f"setting of the gate {kind.__name__}", settings, known)
         return kind(**fixed, **settings)
     return make
 
 
-for name, make in {"global": _maker(ShiftedSigmoid, scope="global"),
-                   "local": _maker(ShiftedSigmoid, scope="local"),
-                   "straight-through": _maker(StraightThrough),
-                   "hard-concrete": _maker(HardConcrete)}.items():
-    GATES.register(name)(make)
+GATES = Registry("gate", {"global": _maker(ShiftedSigmoid, scope="global"),
+                          "local": _maker(ShiftedSigmoid, scope="local"),
+                          "straight-through": _maker(StraightThrough),
+                          "hard-concrete": _maker(HardConcrete)})
 
 # %% ../../nbs/model/03_gate.ipynb #gate-036
 PLAIN = {kind.__name__: kind for kind in (ShiftedSigmoid, StraightThrough, HardConcrete)}
 
 
-def gate_record(
-    gate: Gate,
-) -> dict | None:
+def gate_record(gate: Gate) -> dict | None:
     "Kind and numbers of a gate of this module, in JSON's types; None for any other gate."
     name = type(gate).__name__
     return {"kind": name, **asdict(gate)} if type(gate) is PLAIN.get(name) else None
 
 
-def gate_of(
-    record: Mapping | None,  # of `gate_record`
-) -> Gate | None:
-    "The gate of a record, None for a kind that is not known; `TypeError` or `ValueError` for wrong numbers."
+def gate_of(record: Mapping | None) -> Gate | None:
+    "The gate of a `gate_record`, None for an unknown kind; `TypeError` or `ValueError` for wrong numbers."
     kind = PLAIN.get((record or {}).get("kind"))
     return kind and kind(**{name: value for name, value in record.items() if name != "kind"})

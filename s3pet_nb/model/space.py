@@ -19,25 +19,25 @@ they lengthen what attention reads, instead of changing a hidden state at a name
 
 # %% auto #0
 __all__ = ['LINEAR', 'CROSS', 'NORM', 'BLOCK', 'ROLES', 'SPACES', 'Rule', 'lora_at', 'pack', 'unpack', 'module_name', 'Candidate',
-           'SearchSpace', 'check_rules', 'make_space', 'GatedModel', 'attach', 'describe']
+           'SearchSpace', 'check_rules', 'make_space', 'describe', 'GatedModel', 'attach']
 
 # %% ../../nbs/model/05_space.ipynb #space-003
-import html
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 
 import numpy as np
 import pandas as pd
 import torch
 import transformers
+from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from ..core import Registry, UnknownName, evaluating, n_params
+from ..core import Registry, check_names, evaluating, n_params, table
 from .backbone import Position, head_parameters, positions, shape_of
 from .budget import expected_size
 from .fuse import before_each_pass, fuse
@@ -64,16 +64,19 @@ class Rule:
         roles = (self.roles,) if isinstance(self.roles, str) else tuple(self.roles)
         object.__setattr__(self, "roles", roles)
 
+    def fits(self, position: Position) -> bool:
+        "Whether the module may sit there."
+        return position.role in self.roles and position.kind in PET_MODULES[self.module].kinds
+
 # %% ../../nbs/model/05_space.ipynb #space-008
-SPACES = Registry("search space")
-SPACES.register("mix")((Rule("lora", LINEAR), Rule("bitfit", LINEAR + NORM), Rule("lnfit", NORM),
-                        Rule("lowrank_adapter", BLOCK)))
-SPACES.register("lora")((Rule("lora", LINEAR),))
-SPACES.register("bias")((Rule("bitfit", LINEAR + NORM),))
-SPACES.register("mam")((Rule("bitfit", LINEAR + NORM),
-                        Rule("lora", ("q", "k", "qkv", "wi", "wi_0", "wi_1", "wo"),
-                             {"r": 16, "init": "balanced"})))
-SPACES.register("exportable")((Rule("lora", LINEAR), Rule("bitfit", LINEAR), Rule("lnfit", NORM)))
+SPACES = Registry("search space", {
+    "mix": (Rule("lora", LINEAR), Rule("bitfit", LINEAR + NORM), Rule("lnfit", NORM),
+            Rule("lowrank_adapter", BLOCK)),
+    "lora": (Rule("lora", LINEAR),),
+    "bias": (Rule("bitfit", LINEAR + NORM),),
+    "mam": (Rule("bitfit", LINEAR + NORM),
+            Rule("lora", ("q", "k", "qkv", "wi", "wi_0", "wi_1", "wo"), {"r": 16, "init": "balanced"})),
+    "exportable": (Rule("lora", LINEAR), Rule("bitfit", LINEAR), Rule("lnfit", NORM))})
 
 # %% ../../nbs/model/05_space.ipynb #space-010
 def lora_at(
@@ -92,18 +95,13 @@ def lora_at(
                  if rule.module == "lora" else rule for rule in rules)
 
 # %% ../../nbs/model/05_space.ipynb #space-013
-def pack(
-    mask: Tensor,  # bool, of any shape
-) -> bytes:
-    "The mask as bits, in row-major order."
+def pack(mask: Tensor) -> bytes:
+    "A mask of any shape as bits, in row-major order."
     return np.packbits(mask.cpu().numpy()).tobytes()
 
 
-def unpack(
-    bits: bytes,  # of `pack`
-    shape: Iterable[int],  # of the mask
-) -> Tensor:
-    "The mask that was packed; `ValueError` if it was of another size."
+def unpack(bits: bytes, shape: Iterable[int]) -> Tensor:
+    "The mask of this shape that `pack` gave; `ValueError` if it was of another size."
     shape = tuple(shape)
     n = math.prod(shape)
     if len(bits) != math.ceil(n / 8):
@@ -112,11 +110,7 @@ def unpack(
     return torch.from_numpy(flat.astype(bool)).view(shape)
 
 # %% ../../nbs/model/05_space.ipynb #space-015
-def module_name(
-    place: str,  # name of the position
-    module: str,  # a name in `PET_MODULES`
-    settings: Settings,
-) -> str:
+def module_name(place: str, module: str, settings: Settings) -> str:
     'Unique within a space: "encoder.3.q.lora", or with settings "encoder.3.q.lora(r=8)".'
     listed = ",".join(f"{key}={value}" for key, value in settings.items())
     return f"{place}.{module}" + (f"({listed})" if listed else "")
@@ -130,7 +124,7 @@ class Candidate:
     module: str  # a name in `PET_MODULES`
     settings: Settings
     n: int  # parameters it adds
-    bits: Mapping[str, bytes] = field(default_factory=dict)  # by weight, packed; empty for the whole module
+    bits: Mapping[str, bytes] = field(default_factory=dict)  # by weight; empty for the whole module
 
     @property
     def name(self) -> str:
@@ -142,24 +136,28 @@ class Candidate:
         "Parameters of the whole module."
         return PET_MODULES[self.module].size(self.position, **self.settings)
 
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        "Of the whole module's weights, by name; takes no memory."
-        with torch.device("meta"):
-            whole = PET_MODULES[self.module](self.position, **self.settings)
-        return {name: weight.shape for name, weight in whole.named_parameters()}
+    def whole(self) -> PETModule:
+        "The whole module, its weights drawn with torch's own seed."
+        return PET_MODULES[self.module](self.position, **self.settings)
 
-    def make(self,
-             seed: int,
-             ) -> PETModule:
-        "The module with its initial weights, which the seed and the name decide; sets torch's own seed."
-        digest = blake2b(f"{seed}:{self.name}".encode(), digest_size=8).digest()
-        torch.manual_seed(int.from_bytes(digest))
-        whole = PET_MODULES[self.module](self.position, **self.settings)
-        if not self.bits:
-            return whole
-        return whole.pruned({name: unpack(self.bits[name], weight.shape)
-                             for name, weight in whole.named_parameters()})
+# %% ../../nbs/model/05_space.ipynb #space-n01
+@patch(as_prop=True)
+def shapes(self: Candidate) -> dict[str, torch.Size]:
+    "Of the whole module's weights, by name; takes no memory."
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in self.whole().named_parameters()}
+
+
+@patch
+def make(self: Candidate, seed: int) -> PETModule:
+    "The module with its initial weights, which the seed and the name decide; sets torch's own seed."
+    digest = blake2b(f"{seed}:{self.name}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest))
+    whole = self.whole()
+    if not self.bits:
+        return whole
+    return whole.pruned({name: unpack(self.bits[name], weight.shape)
+                         for name, weight in whole.named_parameters()})
 
 # %% ../../nbs/model/05_space.ipynb #space-017
 @dataclass(frozen=True, repr=False)
@@ -187,85 +185,86 @@ class SearchSpace:
         "Parameters of all candidates together."
         return int(self.n.sum())
 
-    @property
-    def digest(self) -> str:
-        "Twelve hexadecimal digits for the modules and the entries of them that there are."
-        told = [(c.name, c.n, sorted(c.bits.items())) for c in self.candidates]
-        return blake2b(repr(told).encode(), digest_size=6).hexdigest()
-
-    def subset(self,
-               mask: Tensor,  # (N,) bool
-               ) -> "SearchSpace":
-        "The space of the candidates where `mask` is true, order kept."
+    def subset(self, mask: Tensor) -> "SearchSpace":
+        "The space of the candidates where `mask`, (N,) bool, is true; order kept."
         return replace(self, candidates=tuple(c for c, keep in zip(self.candidates, mask.tolist()) if keep))
-
-    def summary(self) -> pd.DataFrame:
-        "Candidates and parameters per type of module, and in all."
-        table = pd.DataFrame({"module": [candidate.module for candidate in self.candidates],
-                              "parameters": self.n.tolist()})
-        table = table.groupby("module", sort=False).parameters.agg(candidates="count", parameters="sum")
-        table.loc["all"] = table.sum()
-        return table
 
     def __repr__(self) -> str:
         return (f"SearchSpace {self.name}: {len(self)} candidates, {self.n_params:,} parameters, "
                 f"{self.n_params / self.n_backbone:.2%} of the {self.family} backbone's {self.n_backbone:,}")
 
     def _repr_html_(self) -> str:
-        return f"<p>{html.escape(repr(self))}</p>" + self.summary().style.format("{:,}").to_html()
+        return table(self.summary().reset_index(), caption=repr(self))
+
+# %% ../../nbs/model/05_space.ipynb #space-n03
+@patch(as_prop=True)
+def digest(self: SearchSpace) -> str:
+    "Twelve hexadecimal digits for the modules and the entries of them that there are."
+    content = [(c.name, c.n, sorted(c.bits.items())) for c in self.candidates]
+    return blake2b(repr(content).encode(), digest_size=6).hexdigest()
+
+
+@patch
+def summary(self: SearchSpace) -> pd.DataFrame:
+    "Candidates and parameters per type of module, and in all."
+    frame = pd.DataFrame({"module": [candidate.module for candidate in self.candidates],
+                          "parameters": self.n.tolist()})
+    frame = frame.groupby("module", sort=False).parameters.agg(candidates="count", parameters="sum")
+    frame.loc["all"] = frame.sum()
+    return frame
 
 # %% ../../nbs/model/05_space.ipynb #space-019
-def check_rules(
-    rules: Iterable[Rule],
-) -> None:
+def check_rules(rules: Iterable[Rule]) -> None:
     "`UnknownName` for a module, setting or role that does not exist, `ValueError` for a wrong setting."
     for rule in rules:
         check_settings(rule.module, rule.settings)
-        for role in rule.roles:
-            if role not in ROLES:
-                raise UnknownName("role", role, ROLES)
+        check_names("role", rule.roles, ROLES)
 
 
+def _candidates(places: list[Position], rules: tuple[Rule, ...], family: str) -> tuple[Candidate, ...]:
+    "One candidate per place and rule that fits it; `ValueError` if a rule fits nowhere or two are the same."
+    for rule in rules:
+        if not any(rule.fits(position) for position in places):
+            roles = ", ".join(dict.fromkeys(position.role for position in places))
+            raise ValueError(f"rule {rule.module} at {', '.join(rule.roles)} fits nowhere in this {family} "
+                             f"model; its roles are {roles}")
+    candidates = [Candidate(position, rule.module, rule.settings,
+                            PET_MODULES[rule.module].size(position, **rule.settings))
+                  for position in places for rule in rules if rule.fits(position)]
+    twice = [name for name, count in Counter(c.name for c in candidates).items() if count > 1]
+    if twice:
+        raise ValueError(f"two rules give {twice[0]}; a candidate is there once, or with other settings")
+    return tuple(candidates)
+
+# %% ../../nbs/model/05_space.ipynb #space-n04
 def make_space(
     model: transformers.PreTrainedModel,  # of a family with a row; the meta device is enough
     space: str | Iterable[Rule] = "mix",  # a name in `SPACES`, or your own rules
 ) -> SearchSpace:
     "The candidates that `space` has on `model`; `ValueError` if a rule fits nowhere or two are the same."
-    name, rules = (space, SPACES[space]) if isinstance(space, str) else ("custom", space)
-    rules = tuple(rules)
+    name, rules = (space, SPACES[space]) if isinstance(space, str) else ("custom", tuple(space))
     check_rules(rules)
-    places, candidates = positions(model), []
-    for position in places:
-        for rule in rules:
-            kind = PET_MODULES[rule.module]
-            if position.role in rule.roles and position.kind in kind.kinds:
-                candidates.append(Candidate(position, rule.module, rule.settings,
-                                            kind.size(position, **rule.settings)))
-    for rule in rules:
-        if not any(c.module == rule.module and c.position.role in rule.roles for c in candidates):
-            raise ValueError(f"rule {rule.module} at {', '.join(rule.roles)} fits nowhere in this "
-                             f"{model.config.model_type} model; its roles are "
-                             f"{', '.join(dict.fromkeys(place.role for place in places))}")
-    twice = [name for name, count in Counter(c.name for c in candidates).items() if count > 1]
-    if twice:
-        raise ValueError(f"two rules give {twice[0]}; a candidate is there once, or with other settings")
-    return SearchSpace(name, tuple(candidates), model.config.model_type,
-                       model.config.name_or_path or model.config.model_type, n_params(model),
-                       shape_of(places), rules)
+    places, family = positions(model), model.config.model_type
+    return SearchSpace(name, _candidates(places, rules, family), family,
+                       model.config.name_or_path or family, n_params(model), shape_of(places), rules)
+
+# %% ../../nbs/model/05_space.ipynb #space-n06
+def describe(space: SearchSpace, budget: int) -> dict:
+    'The record that opens the log of a search under a budget, a count: {"event": "space", …}.'
+    candidates = [{"name": c.name, "stack": c.position.stack, "layer": c.position.layer,
+                   "role": c.position.role, "kind": c.position.kind, "module": c.module, "n": c.n}
+                  for c in space.candidates]
+    return {"event": "space", "space": space.name, "candidates": candidates, "budget": budget}
 
 # %% ../../nbs/model/05_space.ipynb #space-025
 class GatedModel(nn.Module):
     """A backbone with every candidate of a space attached, each behind its gate; made by `attach`.
 
-    Call it as the backbone is called. Every gate is open (z = 1) until it is set otherwise.
+    Call it as the backbone is called. Every gate is open (z = 1) until it is set otherwise; `gate` itself may
+    be set to another one at any time. The modules' initial weights depend on `seed` and their names.
     """
 
-    def __init__(self,
-                 model: transformers.PreTrainedModel,
-                 space: SearchSpace,  # of this model
-                 gate: Gate,  # alpha -> p -> z; may be set to another one at any time
-                 seed: int,  # of the modules' initial weights, with their names
-                 ):
+    def __init__(self, model: transformers.PreTrainedModel, space: SearchSpace, gate: Gate, seed: int):
         super().__init__()
         self.model, self.space, self.gate, self.zeta = model, space, gate, 0.0
         self.n = space.n
@@ -276,23 +275,10 @@ class GatedModel(nn.Module):
         self.simple = range(len(space))  # the candidates that are not carried by the fast form
         self.z = torch.ones(len(space))
 
-    def __repr__(self) -> str:
-        return (f"GatedModel: {len(self.space)} candidates on a {self.space.family} backbone, zeta = "
-                f"{self.zeta:.3f}, E[N] = {expected_size(self.p, self.n):,.0f} of {self.space.n_params:,}")
-
-    def _repr_html_(self) -> str:
-        p = self.p.detach()
-        table = pd.DataFrame({"module": [candidate.module for candidate in self.space.candidates],
-                              "p": p.numpy(), "expected": (p * self.n).numpy()})
-        table = table.groupby("module", sort=False).agg(
-            candidates=("p", "count"), **{"mean p": ("p", "mean"), "E[N]": ("expected", "sum")})
-        form = {"mean p": "{:.3f}", "E[N]": "{:,.0f}"}
-        return f"<p>{html.escape(repr(self))}</p>" + table.style.format(form).to_html()
-
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: object, **kwargs: object) -> object:
         return self.model(*args, **kwargs)
 
-    def generate(self, *args, **kwargs) -> Tensor:
+    def generate(self, *args: object, **kwargs: object) -> Tensor:
         "Token ids that the backbone, with the modules on it, writes; arguments as there."
         return self.model.generate(*args, **kwargs)
 
@@ -300,11 +286,6 @@ class GatedModel(nn.Module):
     def device(self) -> torch.device:
         "Where the backbone is; alpha stays on the CPU."
         return self.model.device
-
-    @property
-    def p(self) -> Tensor:
-        "Gate probabilities, (N,) float64, differentiable in alpha."
-        return self.gate.p(self.alpha, self.zeta)
 
     @property
     def z(self) -> Tensor:
@@ -315,111 +296,127 @@ class GatedModel(nn.Module):
     def z(self, z: Tensor) -> None:
         self._set(z, (z == 0) & (not z.requires_grad))
 
-    def _set(self, z: Tensor, closed: Tensor) -> None:
-        self._z, self.closed = z, closed.tolist()
-        self.gates = z.to(self.model.device, torch.float32)  # (N,), in one piece
-        alone = torch.tensor(self.simple, dtype=torch.int64, device=self.gates.device)
-        self.open = dict(zip(self.simple, self.gates[alone].unbind()))  # a () tensor for each
+# %% ../../nbs/model/05_space.ipynb #space-n08
+@patch
+def _set(self: GatedModel, z: Tensor, closed: Tensor) -> None:
+    self._z, self.closed = z, closed.tolist()
+    self.gates = z.to(self.model.device, torch.float32)  # (N,), in one piece
+    alone = torch.tensor(self.simple, dtype=torch.int64, device=self.gates.device)
+    self.open = dict(zip(self.simple, self.gates[alone].unbind()))  # a () tensor for each
 
-    def meet(self, B: int) -> float:
-        "Solve zeta for the budget B and return the expected size E[N] <= B."
-        self.zeta = self.gate.solve(self.alpha, self.n, B)
-        return expected_size(self.p, self.n)
+# %% ../../nbs/model/05_space.ipynb #space-n10
+@patch(as_prop=True)
+def p(self: GatedModel) -> Tensor:
+    "Gate probabilities, (N,) float64, differentiable in alpha."
+    return self.gate.p(self.alpha, self.zeta)
 
-    def sample(self, u: Tensor) -> None:
-        "Draw the gates z from p with uniform noise u, (N,) float64."
-        z = self.gate.z(self.p, u)
-        self._set(z, self.gate.closed(z))
 
-    def expect(self) -> None:
-        "Set the gates to what the gate expects without noise (z = p for the shifted sigmoid); no gradient."
-        self.z = self.gate.expected(self.p.detach())
+@patch
+def meet(self: GatedModel, B: int) -> float:
+    "Solve zeta for the budget B and return the expected size E[N] <= B."
+    self.zeta = self.gate.solve(self.alpha, self.n, B)
+    return expected_size(self.p, self.n)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        "Inner variables by name: delta of every candidate, then the head's weights."
-        delta = {f"{candidate.name}.{name}": weight
-                 for candidate, pet in zip(self.space.candidates, self.pets)
-                 for name, weight in pet.named_parameters()}
-        return delta | {f"head.{name}": weight for name, weight in head_parameters(self.model).items()}
 
-    def tensors(self) -> dict[str, Tensor]:
-        "A copy of the inner variables, on the CPU."
-        return {name: weight.detach().to("cpu", copy=True) for name, weight in self.trainable().items()}
+@patch
+def sample(self: GatedModel, u: Tensor) -> None:
+    "Draw the gates z from p with uniform noise u, (N,) float64."
+    z = self.gate.z(self.p, u)
+    self._set(z, self.gate.closed(z))
 
-    @torch.no_grad()
-    def load(self,
-             tensors: Mapping[str, Tensor],  # what `tensors` returned for the same structure and seed
-             ) -> None:
-        "Put inner variables back; `ValueError` if names or shapes differ."
-        weights = self.trainable()
-        shapes, given = ({(name, *weight.shape) for name, weight in each.items()}
-                         for each in (weights, tensors))
-        if shapes != given:
-            odd = sorted({name for name, *_ in shapes ^ given})
-            raise ValueError(f"these weights belong to another structure: {len(odd)} names or shapes differ, "
-                             f"first {odd[0]!r}")
-        for name, weight in weights.items():
-            weight.copy_(tensors[name])
+
+@patch
+def expect(self: GatedModel) -> None:
+    "Set the gates to what the gate expects without noise (z = p for the shifted sigmoid); no gradient."
+    self.z = self.gate.expected(self.p.detach())
+
+# %% ../../nbs/model/05_space.ipynb #space-n12
+@patch
+def trainable(self: GatedModel) -> dict[str, nn.Parameter]:
+    "Inner variables by name: delta of every candidate, then the head's weights."
+    delta = {f"{candidate.name}.{name}": weight
+             for candidate, pet in zip(self.space.candidates, self.pets)
+             for name, weight in pet.named_parameters()}
+    return delta | {f"head.{name}": weight for name, weight in head_parameters(self.model).items()}
+
+
+@patch
+def tensors(self: GatedModel) -> dict[str, Tensor]:
+    "A copy of the inner variables, on the CPU."
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in self.trainable().items()}
+
+
+@patch
+@torch.no_grad()
+def load(self: GatedModel, tensors: Mapping[str, Tensor]) -> None:
+    "Put back what `tensors` gave for the same structure and seed; `ValueError` if names or shapes differ."
+    weights = self.trainable()
+    ours, theirs = ({(name, *weight.shape) for name, weight in each.items()} for each in (weights, tensors))
+    if ours != theirs:
+        odd = sorted({name for name, *_ in ours ^ theirs})
+        raise ValueError(f"these weights belong to another structure: {len(odd)} names or shapes differ, "
+                         f"first {odd[0]!r}")
+    for name, weight in weights.items():
+        weight.copy_(tensors[name])
+
+# %% ../../nbs/model/05_space.ipynb #space-n14
+@patch
+def __repr__(self: GatedModel) -> str:
+    return (f"GatedModel: {len(self.space)} candidates on a {self.space.family} backbone, zeta = "
+            f"{self.zeta:.3f}, E[N] = {expected_size(self.p, self.n):,.0f} of {self.space.n_params:,}")
+
+
+@patch
+def _repr_html_(self: GatedModel) -> str:
+    p = self.p.detach()
+    frame = pd.DataFrame({"module": [candidate.module for candidate in self.space.candidates],
+                          "p": p.numpy(), "expected": (p * self.n).numpy()})
+    frame = frame.groupby("module", sort=False).agg(
+        candidates=("p", "count"), **{"mean p": ("p", "mean"), "E[N]": ("expected", "sum")})
+    return table(frame.round({"E[N]": 0}).astype({"E[N]": int}).reset_index(), caption=repr(self))
 
 # %% ../../nbs/model/05_space.ipynb #space-027
-class _Shift(nn.Module):
-    "A weight vector plus the gated Delta of one candidate."
-
-    def __init__(self, gated: GatedModel, i: int):
-        super().__init__()
-        self.delta = lambda: gated.pets[i](None, None, gated.open[i])
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.delta().to(weight.dtype)
-
-
-def _unparametrize(module: nn.Module, name: str, order: list[str]) -> None:
-    "Take the shifts off `module.name` and give its parameters their old order."
-    if parametrize.is_parametrized(module, name):
-        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-    module._parameters.update({name: module._parameters.pop(name) for name in order
-                               if name in module._parameters})
-
-
-def _hook_output(gated: GatedModel, here: list[int], inputs: dict[str, Tensor]) -> Callable:
-    def add_deltas(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        for i in here:
-            if gated.closed[i]:
-                continue
+def _add_deltas(gated: GatedModel, here: list[int], inputs: dict[str, Tensor],
+                module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+    "The output of a backbone's module with the gated Deltas of the candidates `here`; a forward hook."
+    for i in here:
+        if not gated.closed[i]:
             position = gated.space.candidates[i].position
             h_in = args[0] if position.source == position.path else inputs[position.source]
             out = out + gated.pets[i](h_in, out, gated.open[i]).to(out.dtype)
-        return out
-    return add_deltas
+    return out
 
 
-def _note_input(inputs: dict[str, Tensor], path: str) -> Callable:
-    def note(module: nn.Module, args: tuple) -> None:
-        inputs[path] = args[0]
-    return note
+def _note_input(inputs: dict[str, Tensor], path: str, module: nn.Module, args: tuple) -> None:
+    inputs[path] = args[0]
+
+
+def _shift_vector(gated: GatedModel, here: list[int], name: str, module: nn.Module, args: tuple) -> None:
+    "Let the vector `name`, with the gated Deltas of `here` added, stand before itself; a forward pre-hook."
+    vector = module._parameters[name]  # not what stands before it since the last pass
+    for i in here:
+        vector = vector + gated.pets[i](None, None, gated.open[i]).to(vector.dtype)
+    vars(module)[name] = vector
 
 # %% ../../nbs/model/05_space.ipynb #space-028
 def _wire(gated: GatedModel, undo: ExitStack) -> None:
     "Attach the candidates of the simple form."
-    model, inputs, outputs, vectors = gated.model, {}, defaultdict(list), defaultdict(list)
+    inputs, places = {}, [candidate.position for candidate in gated.space.candidates]
+    targets = defaultdict(list)  # (module, "output" or the name of its vector) -> candidates
     for i in gated.simple:
-        path = gated.space.candidates[i].position.path
-        target = gated.pets[i].target(model.get_submodule(path))
-        (outputs[path] if target == "output" else vectors[path, target]).append(i)
-    for path, here in outputs.items():
-        here.sort(key=lambda i: (gated.space.candidates[i].position.kind == "block",
-                                 gated.pets[i].vector() is None and gated.pets[i].factors() is None))
-        undo.callback(
-            model.get_submodule(path).register_forward_hook(_hook_output(gated, here, inputs)).remove)
-    places = [gated.space.candidates[i].position for i in gated.simple]
-    for source in {place.source for place in places if place.kind == "block"}:
-        undo.callback(
-            model.get_submodule(source).register_forward_pre_hook(_note_input(inputs, source)).remove)
-    for (path, name), here in vectors.items():
-        module = model.get_submodule(path)
-        undo.callback(_unparametrize, module, name, order=list(module._parameters))
-        for i in here:
-            parametrize.register_parametrization(module, name, _Shift(gated, i))
+        module = gated.model.get_submodule(places[i].path)
+        targets[module, gated.pets[i].target(module)].append(i)
+    for (module, name), here in targets.items():
+        if name == "output":
+            here.sort(key=lambda i: (places[i].kind == "block",
+                                     gated.pets[i].vector() is None and gated.pets[i].factors() is None))
+            undo.callback(module.register_forward_hook(partial(_add_deltas, gated, here, inputs)).remove)
+        else:
+            undo.callback(vars(module).pop, name, None)
+            undo.callback(module.register_forward_pre_hook(partial(_shift_vector, gated, here, name)).remove)
+    for source in {places[i].source for i in gated.simple if places[i].kind == "block"}:
+        first = gated.model.get_submodule(source)
+        undo.callback(first.register_forward_pre_hook(partial(_note_input, inputs, source)).remove)
 
 
 def _wire_fused(gated: GatedModel, undo: ExitStack) -> None:
@@ -430,7 +427,7 @@ def _wire_fused(gated: GatedModel, undo: ExitStack) -> None:
     undo.enter_context(fused.wired(gated.model))
     undo.enter_context(before_each_pass(gated.model, lambda: fused.prepare(gated.gates, gated.closed)))
 
-# %% ../../nbs/model/05_space.ipynb #space-029
+# %% ../../nbs/model/05_space.ipynb #space-n20
 def _freeze(model: transformers.PreTrainedModel, undo: ExitStack) -> None:
     "Only the head requires a gradient; it, and the training mode, are put back on exit."
     head = head_parameters(model)
@@ -441,7 +438,7 @@ def _freeze(model: transformers.PreTrainedModel, undo: ExitStack) -> None:
     for weight in head.values():
         undo.callback(lambda weight, before: weight.data.copy_(before), weight, weight.detach().clone())
 
-
+# %% ../../nbs/model/05_space.ipynb #space-029
 @contextmanager
 def attach(
     model: transformers.PreTrainedModel,  # frozen while attached, except its head
@@ -462,14 +459,3 @@ def attach(
             _wire_fused(gated, undo)
         _wire(gated, undo)
         yield gated
-
-# %% ../../nbs/model/05_space.ipynb #space-from-search
-def describe(
-    space: SearchSpace,
-    budget: int,  # B, a count
-) -> dict:
-    'The record that opens a search\'s log: {"event": "space", …}.'
-    candidates = [{"name": c.name, "stack": c.position.stack, "layer": c.position.layer,
-                   "role": c.position.role, "kind": c.position.kind, "module": c.module, "n": c.n}
-                  for c in space.candidates]
-    return {"event": "space", "space": space.name, "candidates": candidates, "budget": budget}

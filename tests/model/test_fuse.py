@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from s3pet_nb.learn.bilevel import hypergrad
-from s3pet_nb.model.backbone import FAMILIES, checkpointing, entries, example_batch, tiny
+from s3pet_nb.model.backbone import FAMILIES, checkpointing, example_batch, tiny
 from s3pet_nb.model.fuse import Fused, LowRankLinear
 from s3pet_nb.model.gate import HardConcrete, ShiftedSigmoid, StraightThrough
 from s3pet_nb.model.pet import PET_MODULES, BitFit, LoRA, PETModule
@@ -403,16 +403,6 @@ def test_a_product_that_something_else_has_changed_keeps_the_simple_form():
         for one, other in zip(found, slopes(simple, batch, u), strict=True):
             torch.testing.assert_close(one, other)
     assert "forward" in vars(changed)
-
-
-@pytest.mark.parametrize("family, paths", [
-    ("bert", ["", "bert", "bert.encoder"]),
-    ("t5", ["", "encoder", "decoder"]),
-    ("gpt2", ["", "transformer"]),
-    ("llama", ["", "model"])])
-def test_a_pass_may_begin_at_the_model_or_at_a_stack(family, paths):
-    model = tiny(family, HEAD.get(family, "classify"))
-    assert entries(model) == [model.get_submodule(path) for path in paths]
 
 
 def test_norms_of_both_kinds_take_their_shifts():

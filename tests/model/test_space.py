@@ -3,36 +3,19 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.nn.utils import parametrize
 
-from s3pet_nb.core import UnknownName
+from s3pet_nb.core import UnknownName, n_params
 from s3pet_nb.learn.bilevel import hypergrad
 from s3pet_nb.learn.search import SearchConfig, SearchStep
-from s3pet_nb.model.backbone import FAMILIES, checkpointing, example_batch, load_backbone, positions, tiny
+from s3pet_nb.model.backbone import FAMILIES, checkpointing, example_batch, load_backbone, tiny
 from s3pet_nb.model.gate import ShiftedSigmoid, StraightThrough
-from s3pet_nb.model.pet import PET_MODULES
-from s3pet_nb.model.space import (LINEAR, NORM, ROLES, SPACES, GatedModel, Rule, attach, lora_at, make_space,
-                                  pack, unpack)
+from s3pet_nb.model.pet import PET_MODULES, LoRA, Sparse
+from s3pet_nb.model.space import (LINEAR, NORM, ROLES, SPACES, GatedModel, Rule, SearchSpace, attach, lora_at,
+                                  make_space, pack, unpack)
+from s3pet_nb.model.structure import Structure
+from variants import HEAD, VARIANTS, drawn, fill, variant, zeros_beside
 
-HEAD = {"t5": "seq2seq"}
 EVERYTHING = tuple(Rule(name, ROLES) for name in PET_MODULES)
-VARIANTS = {**{family: (family, HEAD.get(family, "classify"), {}) for family in FAMILIES},
-            "t5-v1.1": ("t5", "seq2seq", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-            "deberta-v2-xlarge": ("deberta-v2", "classify",
-                                  {"norm_rel_ebd": "none", "share_att_key": False, "conv_kernel_size": 3,
-                                   "conv_act": "gelu"}),
-            "gpt2-causal": ("gpt2", "causal", {}), "llama-causal": ("llama", "causal", {})}
-
-
-def variant(name: str, **overrides) -> transformers.PreTrainedModel:
-    family, head, settings = VARIANTS[name]
-    return tiny(family, head, **settings, **overrides)
-
-
-def fill(gated: GatedModel, std: float = 0.1) -> None:
-    torch.manual_seed(0)
-    for weight in gated.trainable().values():
-        nn.init.normal_(weight, std=std)
 
 
 def on_meta(config: transformers.PretrainedConfig, head: str) -> transformers.PreTrainedModel:
@@ -126,40 +109,6 @@ def test_counts_on_minilm():
             if candidate.position.layer is None} == {"embed_norm"}
 
 
-def test_the_gated_t5_has_two_input_products():
-    gated = tiny("t5", "seq2seq", feed_forward_proj="gated-gelu")
-    roles = {position.role for position in positions(gated)}
-    assert {"wi_0", "wi_1", "wo"} <= roles and "wi" not in roles
-    assert len(make_space(gated, "lora")) == 4 * 7
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_positions_have_the_models_own_full_names(name):
-    model = variant(name)
-    places = positions(model)
-    assert len({place.name for place in places}) == len(places)
-    for place in places:
-        weight = model.get_submodule(place.path).weight
-        if place.kind == "norm":
-            assert weight.shape == (place.d_in,) == (place.d_out,)
-        if place.kind == "linear":
-            assert sorted(weight.shape) == sorted((place.d_in, place.d_out))
-        assert model.get_submodule(place.source) is not None
-    words = [place for place in places if place.role == "lm_head"]
-    assert bool(words) is (VARIANTS[name][1] != "classify")
-    for place in words:
-        assert model.get_submodule(place.path) is model.get_output_embeddings()
-        assert (place.kind, place.stack, place.layer) == ("linear", "decoder", None)
-    assert not any(candidate.position.role == "lm_head" for rules in SPACES
-                   for candidate in make_space(model, rules).candidates)
-
-
-def test_norms_that_only_some_models_of_a_family_have():
-    roles = {name: {place.role for place in positions(variant(name))} for name in VARIANTS}
-    assert "rel_norm" in roles["deberta-v2"] and "rel_norm" not in roles["deberta-v2-xlarge"]
-    assert [name for name in VARIANTS if "q_norm" in roles[name]] == ["qwen3"]
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("rules", SPACES)
 def test_candidate_names_are_unique(name, rules):
@@ -248,50 +197,6 @@ def test_under_bf16_autocast_hidden_states_keep_their_type(name, dtype):
             assert all(weight.grad.isfinite().all() for weight in gated.trainable().values())
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["without-dropout", "with-dropout"])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_checkpointing_gives_the_same_gradients_and_leaves_no_trace(name, training):
-    model = variant(name)
-    batch, space = example_batch(model), make_space(model, EVERYTHING)
-    with attach(model, space) as gated:
-        fill(gated)
-        gated.train(training)
-        gated.meet(space.n_params // 2)
-        u = torch.rand(len(space), dtype=torch.float64)
-        runs = []
-        model.get_submodule(space.candidates[0].position.path).register_forward_hook(
-            lambda *_: runs.append(1))
-
-        def gradients() -> list[torch.Tensor]:
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                gated.sample(u)
-                inner = gated.alpha, *gated.trainable().values()
-                return torch.autograd.grad(gated(**batch).loss, inner)
-
-        def traces() -> list[dict]:
-            parts = [*model.modules(), *(part.config for part in model.modules() if hasattr(part, "config"))]
-            return [{name: torch.Tensor if isinstance(value, torch.Tensor) else value
-                     for name, value in vars(part).items()} for part in parts]
-
-        before, marks = gradients(), traces()
-        n_runs = len(runs)
-        with checkpointing(model):
-            again = gradients()
-        assert len(runs) == 3 * n_runs, "the first product ran once, and then twice under checkpointing"
-        for one, other in zip(before, again):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        assert traces() == marks
-        assert all(torch.equal(one, other) for one, other in zip(before, gradients()))
-
-
-def test_a_model_without_layers_that_can_be_checkpointed_is_refused():
-    with pytest.raises(ValueError, match="no layer that can be checkpointed"):
-        with checkpointing(transformers.ResNetModel(transformers.ResNetConfig(
-                embedding_size=4, hidden_sizes=[4], depths=[1]))):
-            pass
-
-
 def test_another_gate_may_be_set_and_decides_what_is_expected():
     model = tiny("bert")
     space = make_space(model)
@@ -356,12 +261,6 @@ def test_rules_are_refused_before_anything_is_built(rules, error, says):
         make_space(tiny("bert"), rules)
 
 
-@pytest.mark.parametrize("module", ["lora", "lowrank_adapter"])
-def test_an_unknown_initialisation_is_refused_by_the_module_too(module):
-    with pytest.raises(UnknownName, match="unknown initialisation 'kaiming'"):
-        PET_MODULES[module](positions(tiny("bert"))[0], init="kaiming")
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_balanced_lora_changes_nothing_until_it_is_trained(name, training):
@@ -411,23 +310,6 @@ def test_balanced_lora_is_the_change_of_the_product():
         for path, change in changes:
             model.get_submodule(path).weight += change
         torch.testing.assert_close(attached, model(**batch).logits)
-
-
-@pytest.mark.parametrize("widths", [(768, 768), (768, 3072), (3072, 768)])
-def test_balanced_factors_have_gradients_of_equal_size(widths):
-    d_in, d_out = widths
-    position = positions(tiny("bert"))[0]
-    place = type(position)(**{**vars(position), "d_in": d_in, "d_out": d_out})
-    torch.manual_seed(0)
-    squares = torch.zeros(2)
-    for _ in range(10):
-        lora = PET_MODULES["lora"](place, r=16, init="balanced")
-        assert lora.A.std().item() == pytest.approx(d_in ** -0.5, rel=0.05)
-        assert lora.B.std().item() == pytest.approx(d_out ** -0.5, rel=0.05)
-        h_in, grad = torch.randn(64, d_in), torch.randn(64, d_out)
-        lora(h_in, None, torch.tensor(1.0)).backward(grad)
-        squares += torch.stack([lora.A.grad.square().mean(), lora.B.grad.square().mean()])
-    assert (squares[0] / squares[1]).item() == pytest.approx(1, rel=0.05)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -504,7 +386,7 @@ def test_an_error_inside_leaves_the_model_as_it_was(family):
             raise RuntimeError("on purpose")
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
-    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    assert not any(vars(module).keys() & module._parameters.keys() for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert model.training and all(weight.requires_grad for weight in model.parameters())
 
@@ -698,3 +580,153 @@ def test_a_gated_model_writes_what_its_forward_pass_says(family):
     plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6,
                            do_sample=False)[:, -6:]
     assert not torch.equal(plain, written)
+
+
+ALL = (*(Rule(name, ROLES) for name in PET_MODULES if name != "lora"),
+       Rule("lora", ROLES, {"r": 3, "init": "balanced"}), Rule("lora", ROLES, {"r": 2}))
+
+
+def in_part(space: SearchSpace, seed: int = 0) -> tuple[Structure, dict[str, torch.Tensor]]:
+    "Every third candidate as a whole, every fifth gone, of the others random entries of random weights."
+    masks = {}
+    for i, candidate in enumerate(space.candidates):
+        with torch.device("meta"):
+            whole = candidate.whole()
+        for name, mask in drawn(whole, seed + i).items():
+            masks[f"{candidate.name}.{name}"] = (mask | (i % 3 == 0)) & (i % 5 != 1)
+    return Structure.pruned(space, masks), masks
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("rules", [ALL, *SPACES], ids=["all", *SPACES])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_entries_start_from_their_values_in_the_whole_space(family, rules, seed):
+    model = tiny(family, HEAD.get(family, "classify"))
+    space, batch = make_space(model, rules), example_batch(model)
+    structure, masks = in_part(space, seed)
+    with torch.no_grad():
+        before = model(**batch).logits
+        with attach(model, space, seed=seed) as gated:
+            whole = gated.tensors()
+        with structure.apply(model, seed=seed) as gated:
+            assert torch.equal(gated(**batch).logits, before)
+            kept = gated.tensors()
+            n_kept = sum(int(mask.sum()) for mask in masks.values())
+            assert n_params(gated.pets) == structure.n_params == n_kept
+        assert torch.equal(model(**batch).logits, before)
+    for name, values in kept.items():
+        full = whole[name]
+        assert torch.equal(values.flatten(), full[masks[name]] if name in masks else full.flatten())
+
+
+def trained(space: SearchSpace) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    return {f"{candidate.name}.{name}": 0.1 * torch.randn(shape, generator=rng)
+            for candidate in space.candidates for name, shape in candidate.shapes.items()}
+
+
+@torch.no_grad()
+def change(gated: GatedModel, by: dict[str, torch.Tensor], masks: dict[str, torch.Tensor],
+           z: dict[str, torch.Tensor]) -> None:
+    "Add to every weight, or to its kept entries, what `by` says; gates by the candidates' names."
+    gated.z = torch.stack([z[candidate.name] for candidate in gated.space.candidates])
+    for name, weight in gated.trainable().items():
+        if name in by:
+            weight += by[name] if weight.shape == by[name].shape else by[name][masks[name]].view(weight.shape)
+
+
+def both(family: str, run) -> None:
+    """A structure in part and the whole space with zeros beside it agree in what `run` gives.
+
+    That is the logits and the gradients by name, those of the whole space at the kept entries.
+    """
+    model = tiny(family, HEAD.get(family, "classify"))
+    space = make_space(model, ALL)
+    structure, masks = in_part(space)
+    by = trained(space)
+    z = dict(zip((candidate.name for candidate in space.candidates), torch.linspace(0.2, 1, len(space))))
+    with attach(model, space, seed=2) as gated:
+        change(gated, by, masks, z)
+        for candidate, pet in zip(space.candidates, gated.pets):
+            zeros_beside(pet, {name: masks[f"{candidate.name}.{name}"] for name in candidate.shapes})
+        wanted, full = run(model, gated)
+    with structure.apply(model, seed=2) as gated:
+        change(gated, by, masks, z)
+        logits, grads = run(model, gated)
+    assert {type(pet) for pet in gated.pets} > {Sparse, LoRA}
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+    for name, grad in grads.items():
+        wanted = full[name][masks[name]] if name in masks else full[name].flatten()
+        torch.testing.assert_close(grad.flatten(), wanted, rtol=1e-3, atol=1e-5)
+
+
+def gradients(model, gated):
+    weights = gated.trainable()
+    out = gated(**example_batch(model))
+    return out.logits.detach(), dict(zip(weights, torch.autograd.grad(out.loss, weights.values())))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_structure_in_part_is_the_space_with_zeros_beside_it_under_any_gates(family):
+    both(family, gradients)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+def test_modules_in_part_under_gradient_checkpointing(family):
+    def checkpointed(model, gated):
+        with checkpointing(model):
+            return gradients(model, gated)
+
+    both(family, checkpointed)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+def test_modules_in_part_under_bf16_autocast(family):
+    model = tiny(family, HEAD.get(family, "classify"))
+    batch, space = example_batch(model), make_space(model, ALL)
+    structure, _ = in_part(space)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            before = model(**batch).logits
+        with structure.apply(model) as gated:
+            with torch.no_grad():
+                assert torch.equal(gated(**batch).logits, before)
+            for weight in gated.trainable().values():
+                nn.init.normal_(weight, std=0.1)
+            out = gated(**batch)
+            assert out.logits.dtype == before.dtype and not torch.allclose(out.logits, before)
+            out.loss.backward()
+            for weight in gated.trainable().values():
+                assert weight.dtype == torch.float32 and weight.grad.isfinite().all()
+
+
+def test_trained_parts_are_kept_and_put_back():
+    model = tiny("bert")
+    structure, _ = in_part(make_space(model, ALL))
+    batch = example_batch(model)
+    with structure.apply(model, seed=4) as gated, torch.no_grad():
+        for weight in gated.trainable().values():
+            weight += 0.1 * torch.randn_like(weight)
+        tensors, after = gated.tensors(), gated(**batch).logits
+    with structure.apply(model, tensors=tensors, seed=4) as gated, torch.no_grad():
+        assert torch.equal(gated(**batch).logits, after)
+
+
+def test_columns_of_mam_are_counted_as_ranks():
+    "On the paper's architecture each matrix gets its own rank, and its weights are those of that rank."
+    model = tiny("bert")
+    space = make_space(model, lora_at(SPACES["mam"], r=8))
+    rng, masks, ranks = torch.Generator().manual_seed(0), {}, {}
+    for candidate in space.candidates:
+        if candidate.module == "lora":
+            columns = torch.rand(8, generator=rng) < 0.4
+            ranks[candidate.name] = int(columns.sum())
+            masks |= {f"{candidate.name}.A": columns[:, None].expand(candidate.shapes["A"]),
+                      f"{candidate.name}.B": columns.expand(candidate.shapes["B"])}
+        else:
+            masks[f"{candidate.name}.b"] = torch.zeros(candidate.shapes["b"], dtype=torch.bool)
+    structure = Structure.pruned(space, masks)
+    with structure.apply(model) as gated:
+        found = {candidate.name: len(pet.A) for candidate, pet in zip(gated.space.candidates, gated.pets)}
+        assert {type(pet) for pet in gated.pets} == {LoRA} and {pet.scale for pet in gated.pets} == {1}
+    assert found == {name: rank for name, rank in ranks.items() if rank} and len(set(found.values())) > 2

@@ -26,19 +26,18 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import transformers
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -46,19 +45,16 @@ from .. import __version__
 from ..core import check_counts, evaluating, to_device, writing
 from .form import Form
 from .metric import METRICS
+from .rows import content
 
 # %% ../../nbs/data/05_batch.ipynb #batch-006
 STRETCH = 50  # batches that are sorted together; fewer where there are fewer than 200
 
 
 class Buckets(Sampler[list[int]]):
-    "Batches of indices of entries of like length, in another order every time."
+    "Batches of indices of entries of like length; the generator draws another order every time."
 
-    def __init__(self,
-                 lengths: np.ndarray,  # tokens of every entry
-                 batch_size: int,
-                 generator: torch.Generator,  # the only source of chance
-                 ):
+    def __init__(self, lengths: np.ndarray, batch_size: int, generator: torch.Generator):
         self.lengths, self.batch_size, self.generator = lengths, batch_size, generator
 
     def __len__(self) -> int:
@@ -90,15 +86,16 @@ class Chunks:
     max_length: int  # tokens
     training: bool  # or to be answered
 
-    def __post_init__(self):
-        names = self.form.columns or self.rows.column_names
-        self.rows = self.rows.select_columns(names).with_format("arrow")
+    @cached_property
+    def read(self) -> Dataset:
+        "The rows with the columns that the form reads, as Arrow tables."
+        return self.rows.select_columns(self.form.columns or self.rows.column_names).with_format("arrow")
 
     def __len__(self) -> int:
         return -(-len(self.rows) // CHUNK)
 
     def __getitem__(self, i: int) -> pa.RecordBatch:
-        entries = self.encode(self.rows[i * CHUNK:(i + 1) * CHUNK])
+        entries = self.encode(self.read[i * CHUNK:(i + 1) * CHUNK])
         entries["row"] = [i * CHUNK + row for row in entries["row"]]
         return pa.RecordBatch.from_pydict({name: pa.array(values, TYPES.get(name))
                                            for name, values in entries.items()})
@@ -140,12 +137,12 @@ def entries_key(chunks: Chunks) -> str:
     "A hash of all that the entries depend on."
     form, task, n = chunks.form, chunks.form.task, len(chunks.rows)
     settings = {name: value for name, value in vars(form).items() if name != "task"}
-    sample = chunks.encode(chunks.rows[np.unique(np.linspace(0, n - 1, 16).astype(int))])
+    sample = chunks.encode(chunks.read[np.unique(np.linspace(0, n - 1, 16).astype(int))])
     parts = [transformers.__version__, __version__, type(form).__qualname__, settings, task.short, task.texts,
              task.kind, task.label, task.label_words, task.entities, bool(task.choices), chunks.max_length,
              chunks.training, serialised(chunks.tokenizer), json.dumps(sample)]
     digest = hashlib.blake2b(digest_size=20)
-    for part in chain((repr(part).encode() for part in parts), code(form), row_bytes(chunks.rows)):
+    for part in chain((repr(part).encode() for part in parts), code(form), row_bytes(chunks.read)):
         digest.update(hashlib.blake2b(part).digest())
     return digest.hexdigest()
 
@@ -188,7 +185,7 @@ def write_entries(path: Path, key: str, chunks: Chunks, workers: int) -> None:
 
 
 def entries_of(chunks: Chunks, workers: int = 0) -> Dataset:
-    "All entries, from their file; where it is not there, it is made, by `workers` processes if there is much."
+    "All entries, from their file, which is made where it is not there, by `workers` if there is much."
     key = entries_key(chunks)
     path = cache_folder() / f"{key}.arrow"
     if (entries := read_entries(path, key)) is not None:
@@ -204,25 +201,17 @@ def entries_of(chunks: Chunks, workers: int = 0) -> Dataset:
 class Batches(DataLoader):
     "Batches of the entries of some rows, dicts for `model(**batch)`; made by `loader`."
 
-    def __init__(self,
-                 rows: Dataset,  # a split
-                 form: Form,
-                 tokenizer: PreTrainedTokenizerBase,
-                 entries: Dataset,  # of the rows, in their order
-                 batch_size: int,
-                 seed: int | None,  # of the order of training batches; to be answered if None
-                 workers: int,  # processes that make batches; 0 for this one
-                 ):
-        self.rows, self.form, self.tokenizer, self.training = rows, form, tokenizer, seed is not None
-        table = entries.data.table
-        self.owners = table["row"].to_numpy()  # the row of each entry
-        self.longest = 0 if self.training else form.longest(rows, tokenizer)  # tokens of an answer
-        lengths, generator = pc.list_value_length(table["input_ids"]).to_numpy(), torch.Generator()
+    def __init__(self, chunks: Chunks, batch_size: int, seed: int | None, workers: int):
+        self.rows, self.form, self.tokenizer = chunks.rows, chunks.form, chunks.tokenizer
+        self.training, entries, generator = chunks.training, entries_of(chunks, workers), torch.Generator()
+        self.owners = entries.data["row"].to_numpy()  # the row of each entry
+        self.longest = 0 if self.training else self.form.longest(self.rows, self.tokenizer)  # of an answer
+        lengths = pc.list_value_length(entries.data["input_ids"]).to_numpy()
         self.order = np.argsort(-lengths, kind="stable")  # in which entries are answered
         batches = (Buckets(lengths, batch_size, generator.manual_seed(seed)) if self.training else
                    BatchSampler(self.order.tolist(), batch_size, drop_last=False))
         super().__init__(entries.remove_columns("row"), batch_sampler=batches, num_workers=workers,
-                         collate_fn=form.collate(tokenizer), generator=generator)
+                         collate_fn=self.form.collate(self.tokenizer), generator=generator)
 
 # %% ../../nbs/data/05_batch.ipynb #batch-loader
 def loader(
@@ -240,15 +229,12 @@ def loader(
     check_counts(rows=len(rows), batch_size=batch_size, max_length=max_length)
     form.collate(tokenizer)  # a missing padding token is met before the work
     chunks = Chunks(rows, form, tokenizer, max_length, training=seed is not None)
-    return Batches(rows, form, tokenizer, entries_of(chunks, workers), batch_size, seed, workers)
+    return Batches(chunks, batch_size, seed, workers)
 
 # %% ../../nbs/data/05_batch.ipynb #batch-022
 @torch.no_grad()
-def predict(
-    model: nn.Module,  # with the form's head, on any device
-    batches: Batches,  # made without a seed, else `ValueError`
-) -> np.ndarray:
-    "The model's answer to every row, in the task's own terms."
+def predict(model: torch.nn.Module, batches: Batches) -> np.ndarray:
+    "The model's answer to every row, in the task's terms; `ValueError` for batches made with a seed."
     if batches.training:
         raise ValueError("these are training batches, in an order of their own; make them without a seed")
     form, device = batches.form, model.device
@@ -260,15 +246,14 @@ def predict(
     return form.predictions(outcomes, batches.owners, batches.rows)
 
 
-def scores(model: nn.Module, batches: Batches) -> dict[str, float]:
+def scores(model: torch.nn.Module, batches: Batches) -> dict[str, float]:
     "The task's metric over all rows of batches made without a seed, and those that are reported beside it."
     task, rows, predictions = batches.form.task, batches.rows, predict(model, batches)
     labels = list(rows[task.label]) if task.kind == "text" else np.asarray(rows[task.label][:])
-    groups = pd.DataFrame({name: rows[name][:] for name in task.group})
-    groups = groups.groupby(list(task.group)).ngroup().to_numpy() if task.group else None
+    groups = content(rows, task.group) if task.group else None
     return {name: METRICS[name](labels, predictions, groups) for name in (task.metric, *task.beside)}
 
 
-def score(model: nn.Module, batches: Batches) -> float:
+def score(model: torch.nn.Module, batches: Batches) -> float:
     "The task's metric over all rows of batches made without a seed."
     return scores(model, batches)[batches.form.task.metric]

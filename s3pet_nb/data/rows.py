@@ -34,13 +34,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
 from fastcore.basics import patch
 from huggingface_hub import HfApi, is_offline_mode
-from pandas.util import hash_pandas_object
 from pyarrow import compute as pc
-from pyarrow import csv
-from pyarrow.parquet import read_metadata
+from pyarrow import csv, parquet
 
 from ..core import Registry
 
@@ -63,7 +60,7 @@ FILES = Registry("kind of file")  # by the end of its name: a reader of (path, c
 @FILES.register("parquet")
 def read_parquet(file: Path, texts: Sequence[str]) -> Dataset:
     "The rows of a Parquet file, memory-mapped, without an index that pandas kept there."
-    if not read_metadata(file).num_rows:
+    if not parquet.read_metadata(file).num_rows:
         return Dataset.from_dict({})
     rows = Dataset.from_parquet(str(file))
     return rows.remove_columns([name for name in rows.column_names if name.startswith("__index_level_")])
@@ -158,7 +155,8 @@ def read_file(
     try:
         with quiet():
             rows = read(file, texts)
-    except (ValueError, TypeError, OverflowError, pa.ArrowException, DatasetsError) as reason:
+    except (ValueError, TypeError, OverflowError, pa.ArrowException,
+            datasets.exceptions.DatasetsError) as reason:
         raise unreadable(file, kind, reason) from reason
     if not len(rows):
         raise ValueError(f"{str(file)!r} is empty; it needs at least one row")
@@ -174,20 +172,15 @@ def find_file(folder: Path, split: str) -> Path | None:
     return files[0] if files else None
 
 # %% ../../nbs/data/01_rows.ipynb #rows-015
-def read_hub(
-    hub: str,  # name of the dataset
-    config: str,  # its configuration; the only one if empty
-    otherwise: str,  # what to do where it cannot be read
-    splits: list[str] | None = None,  # all if None
-) -> list[Dataset] | Mapping[str, Dataset]:
-    "Rows from the hub, or from its cache when offline; `FileNotFoundError` where there are none."
+def read_hub(name: str, config: str, otherwise: str, splits: list[str] | None = None) -> Mapping | list:
+    "Rows of a dataset, all splits if None; `FileNotFoundError`, with what to do `otherwise`, without any."
     try:
         with quiet():
-            if not is_offline_mode() and not Path(hub).is_dir():
-                HfApi().dataset_info(hub, timeout=5)
-            return load_dataset(hub, config or None, split=splits)
+            if not is_offline_mode() and not Path(name).is_dir():
+                HfApi().dataset_info(name, timeout=5)
+            return load_dataset(name, config or None, split=splits)
     except Exception as reason:
-        name = f"{hub!r}, {config!r}" if config else repr(hub)
+        name = f"{name!r}, {config!r}" if config else repr(name)
         raise FileNotFoundError(f"no rows from the hub as {name} ({type(reason).__name__}: "
                                 f"{first_line(reason)}); {otherwise}") from reason
 
@@ -209,10 +202,8 @@ def read_table(source: object, texts: Sequence[str]) -> Dataset:
     if isinstance(source, str | Path):
         return read_file(Path(source), texts)
     if isinstance(source, pd.DataFrame):
-        table = pa.Table.from_pandas(source, preserve_index=False)
-        return Dataset(table.cast(pa.schema([field.with_type(getattr(field.type, "value_type", field.type))
-                                             if pa.types.is_dictionary(field.type) else field
-                                             for field in table.schema.remove_metadata()])))
+        plain = source.astype(dict.fromkeys(source.select_dtypes("category"), object))
+        return Dataset(pa.Table.from_pandas(plain, preserve_index=False).replace_schema_metadata())
     raise TypeError(f"a {type(source).__name__} holds no rows; give a file, a pandas frame or a Dataset")
 
 # %% ../../nbs/data/01_rows.ipynb #rows-own
@@ -302,24 +293,18 @@ def hashable(table: pa.Table) -> pd.DataFrame:
                      for name, column in zip(table.column_names, table.columns)}).to_pandas()
 
 
-def content(
-    rows: Dataset,
-    columns: Sequence[str],  # of text, of lists of it, or of numbers
-) -> np.ndarray:  # (rows,) uint64
-    "A hash of what each row holds in `columns`: equal for equal rows, in every process."
+def content(rows: Dataset, columns: Sequence[str]) -> np.ndarray:  # (rows,) uint64
+    "A hash of what each row holds in columns of text, lists or numbers: the same in every process."
     table = rows.data.table.select(list(columns))
     parts = [table.slice(start, 100_000).combine_chunks() for start in range(0, len(table), 100_000)]
-    hashes = [hash_pandas_object(hashable(part), index=False).to_numpy() for part in parts]
+    hashes = [pd.util.hash_pandas_object(hashable(part), index=False).to_numpy() for part in parts]
     whole = np.concatenate([np.empty(0, np.uint64), *hashes])
     # shuffled rows are a table and an order; read one by one in that order they take thirty times as long
     return whole if rows._indices is None else whole[rows._indices.column(0).to_numpy()]
 
 # %% ../../nbs/data/01_rows.ipynb #rows-024
-def fill(
-    sizes: np.ndarray,  # (groups,) rows of each group, in the order in which they are offered
-    n: int,  # rows that there is room for
-) -> np.ndarray:  # (groups,) bool: taken
-    "The first groups that fit into `n` rows, those that do not fit passed over."
+def fill(sizes: np.ndarray, n: int) -> np.ndarray:  # both arrays (groups,); bool: taken
+    "Of groups with `sizes` rows the first that fit into `n` rows, those that do not fit passed over."
     taken = np.zeros(len(sizes), bool)
     offered = np.flatnonzero(sizes <= n)
     while len(offered):
@@ -330,13 +315,8 @@ def fill(
     return taken
 
 
-def deal(
-    rows: Dataset,
-    counts: Sequence[int],  # rows of each part; fewer where no further group fits
-    seed: int,
-    key: Sequence[str] = (),  # columns that make rows the same; every row for itself if empty
-) -> list[Dataset]:  # a part for each count, and the rest
-    "Disjoint parts of the rows in a seeded order; rows with the same `key` are in the same part."
+def deal(rows: Dataset, counts: Sequence[int], seed: int, key: Sequence[str] = ()) -> list[Dataset]:
+    "The rows in a seeded order: a part for each count, and the rest; rows with the same `key` stay together."
     order = np.random.default_rng(seed).permutation(len(rows))
     groups = pd.factorize(content(rows, key)[order])[0] if key else np.arange(len(rows))
     sizes = np.bincount(groups)
@@ -356,10 +336,9 @@ class Splits:
     extra: Mapping[str, Dataset] = field(default_factory=dict)  # further test splits, by name
     key: tuple[str, ...] = ()  # columns that make two rows the same; all if empty
 
-    def items(self) -> Iterator[tuple[str, Dataset]]:
+    def items(self) -> Iterable[tuple[str, Dataset]]:
         "Name and rows of every split."
-        yield from (("train", self.train), ("validation", self.validation), ("test", self.test))
-        yield from self.extra.items()
+        return {"train": self.train, "validation": self.validation, "test": self.test, **self.extra}.items()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -404,12 +383,8 @@ class SplitRule:
     cut: Callable[[Mapping[str, Dataset], int, Sequence[str]], Parts]
     needs: tuple[str, ...]  # official splits; held-out rows are "validation"
 
-    def __call__(self,
-                 rows: Mapping[str, Dataset],  # by official split
-                 seed: int,
-                 key: Sequence[str] = (),  # columns that make rows the same
-                 ) -> Parts:
-        "Training, validation and test rows; `ValueError` where an official split is missing."
+    def __call__(self, rows: Mapping[str, Dataset], seed: int, key: Sequence[str] = ()) -> Parts:
+        "Cut rows by official split; `key` makes rows the same; `ValueError` where a split is missing."
         if missing := [name for name in self.needs if name not in rows]:
             raise ValueError(f"the split rule {self.cut.__name__} needs {' and '.join(self.needs)} rows; "
                              f"there are no {' and no '.join(missing)} rows: give them, or another rule")

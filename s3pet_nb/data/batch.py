@@ -239,10 +239,10 @@ def predict(model: torch.nn.Module, batches: Batches) -> np.ndarray:
         raise ValueError("these are training batches, in an order of their own; make them without a seed")
     form, device = batches.form, model.device
     with evaluating(model):
-        answered = np.concatenate([form.answer(model, to_device(batch, device), batches.tokenizer,
-                                               batches.longest) for batch in batches])
-    outcomes = np.empty_like(answered)
-    outcomes[batches.order] = answered
+        longest_first = np.concatenate([form.answer(model, to_device(batch, device), batches.tokenizer,
+                                                    batches.longest) for batch in batches])
+    outcomes = np.empty_like(longest_first)
+    outcomes[batches.order] = longest_first
     return form.predictions(outcomes, batches.owners, batches.rows)
 
 

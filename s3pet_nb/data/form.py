@@ -245,10 +245,10 @@ def end_of(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.eos_token_id]
 
 
-def apart(words: Sequence[str], written: Sequence) -> dict:
+def apart(words: Sequence[str], marks: Sequence) -> dict:
     "What the tokenizer made of each label word -> index of the word; `ValueError` if two are alike."
     index = {}
-    for i, mark in enumerate(written):
+    for i, mark in enumerate(marks):
         if index.setdefault(mark, i) != i:
             raise ValueError(f"the tokenizer cannot tell the label words {words[index[mark]]!r} and "
                              f"{words[i]!r} apart; give the task other `words`")

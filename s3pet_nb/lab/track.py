@@ -91,8 +91,8 @@ class MLflow:
         with FileLock(run.folder.parent / ".mlflow.lock"):
             self.client = self.mlflow.MlflowClient()
         experiment = self.mlflow.set_experiment(run.study).experiment_id
-        if known := self.client.search_runs([experiment], f"tags.s3pet_run = '{run.id}'", max_results=1):
-            self.id = known[0].info.run_id
+        if matches := self.client.search_runs([experiment], f"tags.s3pet_run = '{run.id}'", max_results=1):
+            self.id = matches[0].info.run_id
             self.client.update_run(self.id, "RUNNING")
             return
         self.id = self.client.create_run(experiment, tags={"s3pet_run": run.id}, run_name=run.id).info.run_id

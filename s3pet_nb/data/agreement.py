@@ -1,10 +1,10 @@
 """A task that needs no download: generated English sentences whose words agree, or do not
 
-Sentences such as "The king near the cars laughs." are judged acceptable (1) or not (0). Three phenomena are
-asked: a subject and its verb agree in number, a determiner and its noun agree in number, a reflexive agrees
-with its subject in number and gender.
+Sentences such as "The king near the cars laughs." are judged acceptable (1) or not (0). There are three
+phenomena: a subject and its verb agree in number, a determiner and its noun agree in number, a reflexive
+agrees with its subject in number and gender.
 
-The unit is a *square*. A frame has two places that must agree, and two forms for each place. All four
+The rows come in *squares*. A frame has two places that must agree, and two forms for each place. All four
 fillings become rows: the two that agree are acceptable, the two others are not. So every word, and every run
 of words that covers only one of the two places, is exactly as frequent in acceptable as in unacceptable rows:
 counting words teaches nothing. Zero, one or two phrases stand between the two places. With one or more, no
@@ -26,7 +26,7 @@ __all__ = ['SEEN', 'UNSEEN', 'DETERMINERS', 'OPENERS', 'PREPOSITIONS', 'DEGREES'
 
 # %% ../../nbs/data/00_agreement.ipynb #agreement-003
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, product
 
@@ -46,16 +46,9 @@ class Lexicon:
         "All nouns of people."
         return self.men + self.women + self.people
 
-    @property
-    def forms(self) -> set[str]:
-        "Every form of every noun and verb."
-        return {form for lemma in self.persons + self.things + self.verbs + self.acts for form in lemma}
 
-
-def table(
-    text: str,  # lemmas apart by commas, the forms of a lemma apart by spaces
-) -> tuple[tuple[str, ...], ...]:  # one tuple of forms a lemma
-    "Read a table of word forms."
+def table(text: str) -> tuple[tuple[str, ...], ...]:  # one tuple of forms a lemma
+    "Read word forms: lemmas apart by commas, the forms of a lemma apart by spaces."
     return tuple(tuple(lemma.split()) for lemma in text.split(","))
 
 # %% ../../nbs/data/00_agreement.ipynb #agreement-007
@@ -162,9 +155,7 @@ def reflexive(words: Lexicon, distractors: int, rng: random.Random) -> Square:
     return Square(frame, subject, pronoun)
 
 
-PHENOMENA: dict[str, Callable] = {"subject-verb": subject_verb,
-                                  "determiner-noun": determiner_noun,
-                                  "reflexive": reflexive}
+PHENOMENA = {"subject-verb": subject_verb, "determiner-noun": determiner_noun, "reflexive": reflexive}
 
 # %% ../../nbs/data/00_agreement.ipynb #agreement-021
 SIZES = {"train": 12_000, "validation": 1_000, "test": 1_000, "test_unseen": 1_000}
@@ -178,12 +169,11 @@ def agreement_rows(
     "All splits of the task, half of each acceptable; `test_unseen` has the nouns and verbs of `UNSEEN`."
     rng = random.Random(seed)
     drawn = set()
-    splits = {}
-    for split, size in SIZES.items():
+    splits = {split: [] for split in SIZES}
+    for split, rows in splits.items():
         words = UNSEEN if split == "test_unseen" else SEEN
         kinds = cycle(product(GRADES, TURNS))
-        splits[split] = rows = []
-        while len(rows) < size:
+        while len(rows) < SIZES[split]:
             distractors, name = next(kinds)
             rows += new_rows(name, words, distractors, rng, drawn)
     return splits
@@ -192,9 +182,9 @@ def agreement_rows(
 def new_rows(name: str, words: Lexicon, distractors: int, rng: random.Random, drawn: set[str]) -> list[dict]:
     "The rows of a square none of whose sentences is in `drawn`; they are added to it."
     while True:
-        square = list(PHENOMENA[name](words, distractors, rng).rows())
-        if drawn.isdisjoint(sentence for sentence, _ in square):
+        square = dict(PHENOMENA[name](words, distractors, rng).rows())
+        if drawn.isdisjoint(square):
             break
-    drawn.update(sentence for sentence, _ in square)
+    drawn.update(square)
     return [{"sentence": sentence, "label": label, "phenomenon": name, "distractors": distractors}
-            for sentence, label in square]
+            for sentence, label in square.items()]

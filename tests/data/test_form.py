@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.data.form import FORMS, Head, Text, Words, form_of
+from s3pet_nb.data.form import FORMS, Head, Text, Words, form_of, number_in, sources, targets
 from s3pet_nb.data.task import TASKS, Task
 from s3pet_nb.model.backbone import FAMILIES, load_backbone, tiny
 from s3pet_nb.model.space import attach, make_space
@@ -94,7 +94,7 @@ def test_every_family_is_trained_and_asked_in_its_forms(family, name, kind):
 # ---- the source and the target
 
 def source(name, **row):
-    return Text(TASKS[name]).sources({column: [value] for column, value in row.items()})[0]
+    return sources(TASKS[name], {column: [value] for column, value in row.items()})[0]
 
 
 def test_sources_are_written_as_t5_was_taught():
@@ -111,11 +111,11 @@ def test_sources_are_written_as_t5_was_taught():
                                          (2.89, "2.8"), (2.5, "2.4"), (4.91, "5.0"), (5.0, "5.0")])
 def test_the_labels_of_stsb_are_on_a_grid(label, word):
     "As T5: round(label * 5) / 5 with one digit."
-    assert Text(TASKS["glue/stsb"]).targets({"label": [label]}) == [word] == [f"{round(label * 5) / 5:.1f}"]
+    assert targets(TASKS["glue/stsb"], {"label": [label]}) == [word] == [f"{round(label * 5) / 5:.1f}"]
 
 
 def test_the_first_right_answer_is_the_target():
-    assert Text(OWN).targets(ROWS) == ["queen", "girl", "girl", "boy"]
+    assert targets(OWN, ROWS) == ["queen", "girl", "girl", "boy"]
 
 
 @pytest.mark.parametrize("start, end", [(False, True), (True, False), (True, True), (False, False)])
@@ -169,9 +169,9 @@ def test_a_tokenizer_that_lowers_case_is_read_in_its_own_way():
 
 
 def test_a_written_number_is_read_and_anything_else_is_minus_one():
-    form, tokenizer = Text(NUMBER), word_tokenizer()
+    tokenizer = word_tokenizer()
     texts = ["3.8", "38", " 0.5 ", "3 . 8", "nan", "inf", "-inf", "1e400", "", "calm", "4,2"]
-    numbers = [form._number(text) for text in texts]
+    numbers = [number_in(text) for text in texts]
     assert numbers == [3.8, 38.0, 0.5, 3.8, -1, -1, -1, -1, -1, -1, -1]
     assert written(NUMBER, ["3.8 </s>", "yes </s>", "0.5"], tokenizer)[0] == [3.8, -1.0, 0.5]
 

@@ -49,7 +49,7 @@ from .learner import Stateful
 # %% ../../nbs/learn/03_bilevel.ipynb #bilevel-006
 @contextmanager
 def moved(delta: Sequence[Parameter], direction: Sequence[Tensor], step: float) -> Iterator[None]:
-    """Within the block delta is `delta + step * direction`; afterwards it has its old bits, whatever happened.
+    """Within the block delta is `delta + step * direction`; then it has its old bits, whatever happened.
 
     The direction has one tensor per weight, of its shape.
     """

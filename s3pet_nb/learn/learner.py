@@ -54,9 +54,9 @@ def check_same(name: str, there: object, here: object) -> None:
 
 # %% ../../nbs/learn/00_learner.ipynb #learner-stateful-1
 class Stateful:
-    "An object whose attributes named in `remembered` go into a checkpoint; override `about` where it matters."
+    "An object whose `remembered` attributes go into a checkpoint; override `about` where it matters."
 
-    remembered: tuple[str, ...] = ()  # attributes: numbers, text, tensors, generators, what has a `state_dict`
+    remembered: tuple[str, ...] = ()  # names; of numbers, text, tensors, generators, what has a `state_dict`
 
     def about(self) -> dict:
         "What has to be equal in a run that takes the state over."

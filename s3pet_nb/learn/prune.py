@@ -182,8 +182,8 @@ def __repr__(self: Units) -> str:
 def drop(units: Units, scores: Tensor, alive: Tensor, B: int) -> Tensor:
     """The entries that are left when units are removed in increasing order of score until B holds, (E,) bool.
 
-    Scores are of the entries, (E,). Entries of whole units are alive, (E,) bool; B is a count. Of equal scores
-    the unit that comes first goes first. `ValueError` for a B out of range.
+    Scores are of the entries, (E,). Entries of whole units are alive, (E,) bool; B is a count. Of equal
+    scores the unit that comes first goes first. `ValueError` for a B out of range.
     """
     left = torch.bincount(units.unit[alive], minlength=len(units.sizes)) > 0
     keep = torch.zeros_like(left)
@@ -405,7 +405,7 @@ def spread(scores: Tensor, alive: Tensor) -> Tensor:
 def prune_rounds(
     units: Units,
     budgets: Sequence[int],  # falling counts
-    train: Callable[[str, Tensor, int], tuple[Tensor, TrainResult]],  # label, alive, B -> (E,) scores, training
+    train: Callable[[str, Tensor, int], tuple[Tensor, TrainResult]],  # label, alive, B -> (E,) scores, result
 ) -> tuple[Tensor, Tensor, Tensor, list[TrainResult]]:
     "The last scores, the entries that they are of, the entries that are left (all (E,)), and the trainings."
     keep, trainings = torch.ones(len(units.unit), dtype=torch.bool), []
@@ -465,8 +465,9 @@ def prune_search(
     Stream(loader).load_state_dict(place)
     trained = retrain(model, left, loader, loader_val, score, config.retrain or config.train, "searched",
                       callbacks, log, checkpoint("searched"))
-    return PruneResult(units, name_of(criterion), scores, alive, tuple(budgets), seed,
-                       sum(each.steps for each in trainings), sum(each.seconds for each in trainings), trained)
+    steps, seconds = (sum(getattr(each, name) for each in trainings) for name in ("steps", "seconds"))
+    name = name_of(criterion)
+    return PruneResult(units, name, scores, alive, tuple(budgets), seed, steps, seconds, trained)
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-041
 def random_units(space: SearchSpace, B: float, granularity: str, seed: int) -> Structure:

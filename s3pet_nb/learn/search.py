@@ -136,7 +136,7 @@ def order_now(self: SearchStep) -> str:
 # %% ../../nbs/learn/04_search.ipynb #search-move-1
 @patch
 def move(self: SearchStep, result: Hypergradient) -> None:
-    "Step alpha with its hypergradient, and delta with the gradient of the first pass, each clipped by itself."
+    "Step alpha with its hypergradient, delta with the gradient of the first pass; each is clipped by itself."
     self.step_alpha.step([result.direct if self.order == "first" else result.alpha_grad])
     self.step_delta.step(result.delta_grads)
 

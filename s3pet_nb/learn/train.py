@@ -58,7 +58,7 @@ class TrainStep(Stateful):
 
     remembered: tuple[str, ...] = ("stepper", "generator")
 
-    def __init__(self, model: nn.Module, weights: dict[str, nn.Parameter], config: TrainConfig, digest: str = ""):
+    def __init__(self, model: nn.Module, weights: dict[str, Tensor], config: TrainConfig, digest: str = ""):
         self.model, self.weights, self.config, self.digest = model, weights, config, digest
         self.forward = config.compute.compiled(model)
         self.stepper = Stepper(weights.values(), config.lr, config.clip, config.steps,
@@ -136,7 +136,7 @@ def on(self: TrainResult, model: transformers.PreTrainedModel) -> Iterator[nn.Mo
 # %% ../../nbs/learn/05_train.ipynb #train-row-1
 @patch
 def row(self: TrainResult, label: str, tests: Mapping[str, Mapping[str, float]]) -> dict:
-    """What a table says of this training. `tests` are numbers by split, by metric, the task's own metric first.
+    """What a table says of this training. `tests`: numbers by split, by metric, the task's own metric first.
 
     Other metrics than the task's are named `<metric>/<split>`.
     """

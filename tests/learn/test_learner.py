@@ -7,8 +7,9 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.learn.learner import (Callback, Callbacks, Checkpoint, Evaluate, Learner, Progress, Records, Stateful,
-                                    Stream, check_finite, check_same, generators, load_state, save_state)
+from s3pet_nb.learn.learner import (Callback, Callbacks, Checkpoint, Evaluate, Learner, Progress, Records,
+                                    Stateful, Stream, check_finite, check_same, generators, load_state,
+                                    save_state)
 
 
 @pytest.mark.parametrize("there, here, words", [

@@ -30,8 +30,9 @@ What this module does not do: it does not know tasks, and it does not change the
 
 # %% auto #0
 __all__ = ['Criterion', 'CRITERIA', 'GRANULARITIES', 'Moment', 'first_order', 'absolute', 'magnitude', 'fisher', 'movement',
-           'random', 'Units', 'drop', 'flat', 'ScoredStep', 'PruneConfig', 'PruneResult', 'geometric_budgets',
-           'check_schedule', 'LogScores', 'spread', 'prune_search', 'random_units']
+           'random', 'entries', 'Units', 'drop', 'flat', 'ScoredStep', 'name_of', 'check_scores', 'PruneConfig',
+           'PruneResult', 'geometric_budgets', 'check_schedule', 'LogScores', 'spread', 'prune_rounds', 'prune_search',
+           'random_units']
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-003
 from collections.abc import Callable, Iterable, Sequence
@@ -40,16 +41,16 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 import transformers
-from torch import Tensor, nn
+from fastcore.basics import patch
+from torch import Tensor
 
 from ..core import Registry, UnknownName
-from .compute import cost
-from .learner import Callback, Checkpoint, Learner, Log, Progress, Stream, check_same
-from .optim import negative_loss
+from .compute import Score, negative_loss
+from .learner import Callback, Checkpoint, Learner, Log, Progress, Stream
 from .train import TrainConfig, TrainResult, TrainStep, fit, retrain
 from ..model.budget import resolve_budget
 from ..model.pet import PET_MODULES
-from ..model.space import GatedModel, SearchSpace, describe
+from ..model.space import Candidate, GatedModel, SearchSpace, describe
 from ..model.structure import Structure, select
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-006
@@ -103,6 +104,19 @@ def random(at: Moment) -> Tensor:
     return torch.randn(at.theta.shape, generator=at.generator).to(at.theta)
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-010
+def entries(candidate: Candidate) -> tuple[dict[str, torch.Size], Tensor, Tensor]:
+    "Shapes of its weights by name, the unit of each entry, counted from 0, and whether its score counts."
+    if candidate.bits:
+        raise ValueError(f"{candidate.name} is a part of a module; prune a space of whole ones")
+    with torch.device("meta"):
+        pet = PET_MODULES[candidate.module](candidate.position, **candidate.settings)
+    owners, shapes = pet.units(), {name: weight.shape for name, weight in pet.named_parameters()}
+    unit = [owners[name].expand(shape).flatten() for name, shape in shapes.items()]
+    counts = [torch.full((shape.numel(),), name in (pet.scored or owners)) for name, shape in shapes.items()]
+    named = {f"{candidate.name}.{name}": shape for name, shape in shapes.items()}
+    return named, torch.cat(unit), torch.cat(counts)
+
+# %% ../../nbs/learn/06_prune.ipynb #prune-units-1
 GRANULARITIES = ("structured", "unstructured")
 
 
@@ -117,69 +131,59 @@ class Units:
     counts: Tensor  # (E,) bool, whether the entry's score counts for its unit
 
     @classmethod
-    def of(cls,
-           space: SearchSpace,  # of whole modules
-           granularity: str,  # of `GRANULARITIES`
-           ) -> "Units":
+    def of(cls, space: SearchSpace, granularity: str) -> "Units":
         "The units of a space; `UnknownName` for another granularity, `ValueError` for parts of modules."
         if granularity not in GRANULARITIES:
             raise UnknownName("granularity", granularity, GRANULARITIES)
         shapes, unit, counts, before = {}, [], [], 0
-        for candidate in space.candidates:
-            if candidate.bits:
-                raise ValueError(f"{candidate.name} is a part of a module; prune a space of whole ones")
-            with torch.device("meta"):
-                pet = PET_MODULES[candidate.module](candidate.position, **candidate.settings)
-            owners = pet.units()
-            for name, weight in pet.named_parameters():
-                shapes[f"{candidate.name}.{name}"] = weight.shape
-                unit.append((owners[name] + before).expand(weight.shape).flatten())
-                counts.append(torch.full((weight.numel(),), name in (pet.scored or owners)))
-            before += 1 + max(int(each.max()) for each in owners.values())
+        for own, each, counted in map(entries, space.candidates):
+            shapes |= own
+            unit.append(each + before)
+            counts.append(counted)
+            before += 1 + int(each.max())
         unit, counts = torch.cat(unit), torch.cat(counts)
         if granularity == "unstructured":
             unit, counts = torch.arange(len(unit)), torch.ones_like(counts)
         return cls(space, granularity, shapes, unit, counts)
 
-    @property
-    def sizes(self) -> Tensor:
-        "Entries of every unit, (K,) int64."
-        return torch.bincount(self.unit)
+# %% ../../nbs/learn/06_prune.ipynb #prune-units-3
+@patch(as_prop=True)
+def sizes(self: Units) -> Tensor:
+    "Entries of every unit, (K,) int64."
+    return torch.bincount(self.unit)
 
-    def scores(self,
-               scores: Tensor,  # (E,) of the entries
-               ) -> Tensor:
-        "Scores of the units, (K,) float64: sums over the entries that count."
-        return torch.bincount(self.unit, weights=scores.double() * self.counts)
 
-    def by_candidate(self,
-                     values: Tensor,  # (E,)
-                     ) -> Tensor:
-        "Sums over the entries of each candidate, (N,) float64."
-        owner = torch.repeat_interleave(torch.arange(len(self.space)), self.space.n)
-        return torch.bincount(owner, weights=values.double(), minlength=len(self.space))
+@patch
+def scores(self: Units, scores: Tensor) -> Tensor:
+    "Scores of the units, (K,) float64: sums over the entries that count, of scores (E,)."
+    return torch.bincount(self.unit, weights=scores.double() * self.counts)
 
-    def masks(self,
-              keep: Tensor,  # (E,) bool
-              ) -> dict[str, Tensor]:
-        "The kept entries by weight, each mask of the weight's shape."
-        parts = keep.split([shape.numel() for shape in self.shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
 
-    def __repr__(self) -> str:
-        return (f"Units: {len(self.sizes):,} of {len(self.unit):,} entries in {len(self.space)} modules, "
-                f"{self.granularity}, of {self.sizes.min():,} to {self.sizes.max():,}")
+@patch
+def by_candidate(self: Units, values: Tensor) -> Tensor:
+    "Sums over the entries of each candidate, (N,) float64, of values (E,)."
+    owner = torch.repeat_interleave(torch.arange(len(self.space)), self.space.n)
+    return torch.bincount(owner, weights=values.double(), minlength=len(self.space))
+
+
+@patch
+def masks(self: Units, keep: Tensor) -> dict[str, Tensor]:
+    "The kept entries, (E,) bool, as one mask for each weight, of its shape."
+    parts = keep.split([shape.numel() for shape in self.shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
+
+
+@patch
+def __repr__(self: Units) -> str:
+    return (f"Units: {len(self.sizes):,} of {len(self.unit):,} entries in {len(self.space)} modules, "
+            f"{self.granularity}, of {self.sizes.min():,} to {self.sizes.max():,}")
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-011
-def drop(
-    units: Units,
-    scores: Tensor,  # (E,) of the entries
-    alive: Tensor,  # (E,) bool, the entries that are still there; whole units
-    B: int,  # budget, a count
-) -> Tensor:
+def drop(units: Units, scores: Tensor, alive: Tensor, B: int) -> Tensor:
     """The entries that are left when units are removed in increasing order of score until B holds, (E,) bool.
 
-    Of equal scores the unit that comes first goes first. `ValueError` for a B out of range.
+    Scores are of the entries, (E,). Entries of whole units are alive, (E,) bool; B is a count. Of equal
+    scores the unit that comes first goes first. `ValueError` for a B out of range.
     """
     left = torch.bincount(units.unit[alive], minlength=len(units.sizes)) > 0
     keep = torch.zeros_like(left)
@@ -187,15 +191,15 @@ def drop(
     return keep[units.unit]
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-017
-def flat(
-    tensors: Iterable[Tensor],
-) -> Tensor:
+def flat(tensors: Iterable[Tensor]) -> Tensor:
     "All values in one vector, without a gradient."
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 class ScoredStep(TrainStep):
     "A training step that also scores every entry of the modules' weights."
+
+    remembered = (*TrainStep.remembered, "total", "draw", "done")
 
     def __init__(self,
                  gated: GatedModel,
@@ -211,66 +215,62 @@ class ScoredStep(TrainStep):
         self.scored = {name: weight for name, weight in self.weights.items() if not name.startswith("head.")}
         self.start = flat(self.scored.values())
         self.total = torch.zeros(len(self.start), dtype=torch.float64)
-        self.draw = torch.Generator().manual_seed(config.seed)
-        self.done = 0
+        self.draw, self.done = torch.Generator().manual_seed(config.seed), 0
 
-    @property
-    def first(self) -> int:
-        "Steps before the first one that is scored."
-        return self.config.steps - (self.average_over or self.config.steps)
+    def about(self) -> dict:
+        "Which training this is, and which scores."
+        return {"criterion": name_of(self.criterion), "average_over": self.average_over} | super().about()
 
-    def note(self, grads: Iterable[Tensor]) -> None:
-        "Add this step's scores; `FloatingPointError` naming the weight where one is not a number."
-        self.done += 1
-        if self.done <= self.first:
-            return
-        found = self.criterion(Moment(flat(self.scored.values()), flat(grads), self.start, self.draw))
-        if found.shape != self.start.shape:
-            raise ValueError(f"criterion {_name(self.criterion)!r} gave a tensor of shape "
-                             f"{tuple(found.shape)}; it should give one score for each of "
-                             f"{len(self.start):,} entries")
-        found = found.detach().cpu()
-        if not found.isfinite().all():
-            sizes = [weight.numel() for weight in self.scored.values()]
-            name = next(name for name, part in zip(self.scored, found.split(sizes))
-                        if not part.isfinite().all())
-            raise FloatingPointError(f"criterion {_name(self.criterion)!r} is not a number at {name}")
-        self.total += found
-
-    def __call__(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
-        grads, loss = self.gradients(batches)
+    def gradients(self, batches: list[dict[str, Tensor]]) -> tuple[list[Tensor], float]:
+        "Those of the training step; they are scored on the way."
+        grads, loss = super().gradients(batches)
         self.note(grads[:len(self.scored)])
-        self.stepper.step(grads)
-        return {"loss": loss, **cost(1, self.model.device)}
+        return grads, loss
 
-    @property
-    def mean(self) -> Tensor:
-        "The scores averaged over the steps that were scored, (E,) float64; `ValueError` if there are none."
-        if self.done <= self.first:
-            raise ValueError(f"the training was stopped after step {self.done:,}, and only the last "
-                             f"{self.average_over:,} of {self.config.steps:,} are scored; score all of them")
-        return self.total / (self.done - self.first)
-
-    def state_dict(self) -> dict:
-        "What a training step remembers, and the scores so far."
-        return super().state_dict() | {
-            "criterion": _name(self.criterion), "average_over": self.average_over, "total": self.total,
-            "draw": self.draw.get_state(), "done": self.done}
-
-    def load_state_dict(self, state: dict) -> None:
-        "Take over what `state_dict` gave; `ValueError` if it was another training or another criterion."
-        check_same("criterion", state["criterion"], _name(self.criterion))
-        check_same("average_over", state["average_over"], self.average_over)
-        super().load_state_dict(state)
-        self.total.copy_(state["total"])
-        self.draw.set_state(state["draw"])
-        self.done = state["done"]
+# %% ../../nbs/learn/06_prune.ipynb #prune-note-1
+@patch(as_prop=True)
+def first(self: ScoredStep) -> int:
+    "Steps before the first one that is scored."
+    return self.config.steps - (self.average_over or self.config.steps)
 
 
-def _name(criterion: Criterion) -> str:
+@patch
+def note(self: ScoredStep, grads: Iterable[Tensor]) -> None:
+    "Add this step's scores; `FloatingPointError` naming the weight where one is not a number."
+    self.done += 1
+    if self.done > self.first:
+        scores = self.criterion(Moment(flat(self.scored.values()), flat(grads), self.start, self.draw))
+        self.total += check_scores(scores.detach().cpu(), name_of(self.criterion), self.scored)
+
+
+@patch(as_prop=True)
+def mean(self: ScoredStep) -> Tensor:
+    "The scores averaged over the steps that were scored, (E,) float64; `ValueError` if there are none."
+    if self.done <= self.first:
+        raise ValueError(f"the training was stopped after step {self.done:,}, and only the last "
+                         f"{self.average_over:,} of {self.config.steps:,} are scored; score all of them")
+    return self.total / (self.done - self.first)
+
+# %% ../../nbs/learn/06_prune.ipynb #prune-note-2
+def name_of(criterion: Criterion) -> str:
     "The criterion's name in `CRITERIA`, or its own."
     own = getattr(criterion, "__name__", type(criterion).__name__)
     return next((name for name, each in CRITERIA.items() if each is criterion), own)
+
+
+def check_scores(scores: Tensor, criterion: str, weights: dict[str, Tensor]) -> Tensor:
+    """The scores that a criterion, by its name, gave for weights, by their names.
+
+    `ValueError` for another number of them, `FloatingPointError` for one that is not finite.
+    """
+    sizes = [weight.numel() for weight in weights.values()]
+    if scores.shape != (sum(sizes),):
+        raise ValueError(f"criterion {criterion!r} gave a tensor of shape {tuple(scores.shape)}; "
+                         f"it should give one score for each of {sum(sizes):,} entries")
+    for name, part in zip(weights, scores.split(sizes)):
+        if not part.isfinite().all():
+            raise FloatingPointError(f"criterion {criterion!r} is not a number at {name}")
+    return scores
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-023
 @dataclass(frozen=True)
@@ -301,32 +301,40 @@ class PruneResult:
         "What was searched."
         return self.units.space
 
-    def count(self, B: float | None) -> int:
-        "A ratio or a count as a count, by default the search's own budget."
-        return self.budgets[-1] if B is None else resolve_budget(B, self.space.n_backbone)
-
-    def kept(self, B: float | None = None) -> Tensor:
-        "The entries that are left under B, (E,) bool; `ValueError` for a B out of range."
-        return drop(self.units, self.scores, self.alive, self.count(B))
-
-    def structure(self,
-                  B: float | None = None,  # a ratio below 1 or a count; by default the search's own budget
-                  task: str | None = None,  # noted in the structure
-                  ) -> Structure:
-        "What is left under B."
-        return _structure(self.units, self.kept(B), self.scores, task=task, budget=self.count(B),
-                          method=f"{self.units.granularity[0]}-prune", seed=self.seed)
-
-    def frame(self, B: float | None = None) -> pd.DataFrame:
-        "One row per candidate: name, entries n left under B, of how many, and the sum of all their scores."
-        return pd.DataFrame({"name": [candidate.name for candidate in self.space.candidates],
-                             "n": self.units.by_candidate(self.kept(B)).long(), "of": self.space.n,
-                             "score": self.units.by_candidate(self.scores * self.units.counts)})
-
     def __repr__(self) -> str:
         budgets = " then ".join(f"{B:,}" for B in self.budgets)
         return (f"PruneResult: {self.criterion}, {self.units.granularity}, {len(self.space)} modules of "
                 f"{self.space.n_params:,} parameters pruned to {budgets}, score {self.trained.score:.4f}")
+
+# %% ../../nbs/learn/06_prune.ipynb #prune-result-1
+@patch
+def count(self: PruneResult, B: float | None) -> int:
+    "A ratio or a count as a count, by default the search's own budget."
+    return self.budgets[-1] if B is None else resolve_budget(B, self.space.n_backbone)
+
+
+@patch
+def kept(self: PruneResult, B: float | None = None) -> Tensor:
+    "The entries that are left under B, (E,) bool; `ValueError` for a B out of range."
+    return drop(self.units, self.scores, self.alive, self.count(B))
+
+
+@patch
+def structure(self: PruneResult,
+              B: float | None = None,  # a ratio below 1 or a count; by default the search's own budget
+              task: str | None = None,  # noted in the structure
+              ) -> Structure:
+    "What is left under B."
+    return _structure(self.units, self.kept(B), self.scores, task=task, budget=self.count(B),
+                      method=f"{self.units.granularity[0]}-prune", seed=self.seed)
+
+
+@patch
+def frame(self: PruneResult, B: float | None = None) -> pd.DataFrame:
+    "One row per candidate: name, entries n left under B, of how many, and the sum of all their scores."
+    return pd.DataFrame({"name": [candidate.name for candidate in self.space.candidates],
+                         "n": self.units.by_candidate(self.kept(B)).long(), "of": self.space.n,
+                         "score": self.units.by_candidate(self.scores * self.units.counts)})
 
 
 def _structure(units: Units, keep: Tensor, scores: Tensor | None, **about) -> Structure:
@@ -335,12 +343,11 @@ def _structure(units: Units, keep: Tensor, scores: Tensor | None, **about) -> St
     return Structure.pruned(units.space, units.masks(keep), scores, **about)
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-024
-def geometric_budgets(
-    whole: int,  # parameters to begin with
-    B: int,  # the last budget
-    rounds: int,  # prunings, at least 1
-) -> list[int]:
-    "A schedule that prunes the same share in each round; `ValueError` where two rounds would be the same."
+def geometric_budgets(whole: int, B: int, rounds: int) -> list[int]:
+    """Budgets from `whole` parameters to B that prune the same share in each round.
+
+    `ValueError` without a round, and where two rounds would be the same.
+    """
     if rounds < 1 or B < 1:
         raise ValueError(f"rounds is {rounds} and B is {B}; give at least 1 of each, B as a count")
     budgets = [round(whole * (B / whole) ** (k / rounds)) for k in range(1, rounds)] + [B]
@@ -349,10 +356,7 @@ def geometric_budgets(
     return budgets
 
 
-def check_schedule(
-    budgets: Sequence[int],  # counts
-    units: Units,
-) -> None:
+def check_schedule(budgets: Sequence[int], units: Units) -> None:
     """`ValueError` unless the budgets fall, from below the whole space to one that is sure to keep a unit.
 
     Below the largest unit a budget may keep nothing: if that unit has the highest score it is the last to go.
@@ -376,6 +380,10 @@ class LogScores(Callback):
     def __init__(self, units: Units, alive: Tensor, B: int, opens: bool):
         self.units, self.alive, self.B, self.opens = units, alive, B, opens
 
+    def about(self) -> dict:
+        "What the log says of the question."
+        return {"budget": self.B, "granularity": self.units.granularity}
+
     def before_fit(self, learner: Learner) -> None:
         if self.opens and learner.step == 0:
             learner.log(**describe(self.units.space, self.B))
@@ -384,26 +392,31 @@ class LogScores(Callback):
         if learner.over:
             scores = spread(learner.take_step.mean, self.alive)
             keep = drop(self.units, scores, self.alive, self.B)
-            learner.log("scores", budget=self.B, criterion=_name(learner.take_step.criterion),
+            learner.log("scores", budget=self.B, criterion=name_of(learner.take_step.criterion),
                         score=self.units.by_candidate(scores * self.units.counts).tolist(),
                         kept=self.units.by_candidate(keep).long().tolist())
 
-    def state_dict(self) -> dict:
-        "What the log says of the question."
-        return {"budget": self.B, "granularity": self.units.granularity}
 
-    def load_state_dict(self, state: dict) -> None:
-        "`ValueError` if the log is of another question."
-        for name, here in self.state_dict().items():
-            check_same(name, state[name], here)
-
-
-def spread(
-    scores: Tensor,  # one for each entry that is there
-    alive: Tensor,  # (E,) bool
-) -> Tensor:
-    "Scores of all E entries, 0 for those that are gone."
+def spread(scores: Tensor, alive: Tensor) -> Tensor:
+    "Scores of all E entries, from those of the entries that are alive, (E,) bool; 0 for those that are gone."
     return torch.zeros(len(alive), dtype=scores.dtype).masked_scatter(alive, scores)
+
+# %% ../../nbs/learn/06_prune.ipynb #prune-rounds-1
+def prune_rounds(
+    units: Units,
+    budgets: Sequence[int],  # falling counts
+    train: Callable[[str, Tensor, int], tuple[Tensor, TrainResult]],  # label, alive, B -> (E,) scores, result
+) -> tuple[Tensor, Tensor, Tensor, list[TrainResult]]:
+    "The last scores, the entries that they are of, the entries that are left (all (E,)), and the trainings."
+    keep, trainings = torch.ones(len(units.unit), dtype=torch.bool), []
+    for k, B in enumerate(budgets, start=1):
+        if int(keep.sum()) <= B:
+            continue
+        alive = keep
+        scores, training = train(f"prune-{k}", alive, B)
+        keep = drop(units, scores, alive, B)
+        trainings.append(training)
+    return scores, alive, keep, trainings
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-026
 def prune_search(
@@ -415,7 +428,7 @@ def prune_search(
     budget: float | Sequence[float],  # ratio of the backbone below 1, else a count; or a falling schedule
     criterion: str | Criterion = "first-order",  # a name in `CRITERIA`, or a function
     granularity: str = "unstructured",  # or "structured"
-    score: Callable[[nn.Module, Iterable], float] = negative_loss,  # higher is better
+    score: Score = negative_loss,  # higher is better
     config: PruneConfig = PruneConfig(),
     callbacks: Iterable[Callback] = (Progress(),),
     log: Log | None = None,
@@ -424,46 +437,41 @@ def prune_search(
     """Search by pruning, and train what is left (Lawton et al. 2023, section 3).
 
     The phases are "prune-1", "prune-2" … and "searched". All begin with the values that `config.train.seed`
-    gives, and with the same batches; another seed in `config.retrain` draws what is left anew. A round whose
-    budget is met already, since the one before removed a large unit last, has nothing to do and is left out.
-    A checkpoint knows a criterion by its name.
+    gives, and with the same batches; another seed in `config.retrain` draws what is left anew. A checkpoint
+    knows a criterion by its name.
 
     Raises `ValueError` for a budget that prunes nothing or may keep nothing, `FloatingPointError` for a loss
     or a score that is not a number.
     """
-    units = Units.of(space, granularity)
+    units, seed = Units.of(space, granularity), config.train.seed
     schedule = budget if isinstance(budget, Sequence) else [budget]
     budgets = [resolve_budget(B, space.n_backbone) for B in schedule]
     check_schedule(budgets, units)
     criterion = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     loader_val, callbacks = loader if loader_val is None else loader_val, list(callbacks)
-    seed, keep, steps, seconds = config.train.seed, torch.ones(len(units.unit), dtype=bool), 0, 0.0
     place = Stream(loader).state_dict()
-    for k, B in enumerate(budgets, start=1):
-        if int(keep.sum()) <= B:
-            continue
+
+    def train(label: str, alive: Tensor, B: int) -> tuple[Tensor, TrainResult]:
         Stream(loader).load_state_dict(place)
-        alive, label, watch = keep, f"prune-{k}", LogScores(units, keep, B, opens=k == 1)
+        watch = LogScores(units, alive, B, opens=label == "prune-1")
         with _structure(units, alive, None).apply(model, seed=seed) as gated:
             step = ScoredStep(gated, config.train, criterion, config.average_over)
-            done = fit(step, model, loader, loader_val, score, label, [*callbacks, watch], log,
-                       checkpoint(label))
-        scores = spread(step.mean, alive)
-        keep, steps, seconds = drop(units, scores, alive, B), steps + done.steps, seconds + done.seconds
+            training = fit(step, model, (loader, loader_val), score, label, [*callbacks, watch], log,
+                           checkpoint(label))
+        return spread(step.mean, alive), training
+
+    scores, alive, keep, trainings = prune_rounds(units, budgets, train)
     left = _structure(units, keep, scores, method=f"{granularity[0]}-prune", seed=seed)
     Stream(loader).load_state_dict(place)
     trained = retrain(model, left, loader, loader_val, score, config.retrain or config.train, "searched",
                       callbacks, log, checkpoint("searched"))
-    return PruneResult(units, _name(criterion), scores, alive, tuple(budgets), seed, steps, seconds, trained)
+    steps, seconds = (sum(getattr(each, name) for each in trainings) for name in ("steps", "seconds"))
+    name = name_of(criterion)
+    return PruneResult(units, name, scores, alive, tuple(budgets), seed, steps, seconds, trained)
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-041
-def random_units(
-    space: SearchSpace,
-    B: float,  # a ratio of the backbone below 1, else a count
-    granularity: str,  # of `GRANULARITIES`
-    seed: int,
-) -> Structure:
-    "A structure within B, pruned at random; `ValueError` for a budget out of range."
+def random_units(space: SearchSpace, B: float, granularity: str, seed: int) -> Structure:
+    "A structure within B, a ratio or a count, pruned at random; `ValueError` for a budget out of range."
     units, B = Units.of(space, granularity), resolve_budget(B, space.n_backbone)
     check_schedule([B], units)
     draw = torch.Generator().manual_seed(seed)

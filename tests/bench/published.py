@@ -15,13 +15,14 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 import transformers
-from s3pet_nb.learn.bilevel import accumulate, moved
-from s3pet_nb.learn.learner import Evaluate, Learner, Log, check_finite
-from s3pet_nb.learn.optim import negative_loss
-from s3pet_nb.learn.search import LogGates, Pairs, SearchConfig, SearchResult, SearchStep, evaluate_gated
+from s3pet_nb.learn.bilevel import moved, slopes
+from s3pet_nb.learn.compute import negative_loss
+from s3pet_nb.learn.learner import Log, check_finite
+from s3pet_nb.learn.search import SearchConfig, SearchResult, SearchStep, run_search
 from s3pet_nb.model.backbone import Position
 from s3pet_nb.model.budget import expected_size, resolve_budget
 from s3pet_nb.model.gate import Gate, ShiftedSigmoid
@@ -101,22 +102,11 @@ def hidden_gates(
         yield gated
 
 
-def slopes(loss: Callable[[], Iterable[Tensor]], weights: list[Tensor]) -> list[Tensor]:
-    "The gradient of a loss, and its value."
-    return accumulate(loss, lambda part: [
-        *torch.autograd.grad(part, weights, materialize_grads=True), part.detach()])
-
-
 class FourPasses(SearchStep):
     "One step as the paper writes it: one noise for all passes, delta moved by the gradient of the first."
 
     def __init__(self, gated: HiddenGates, B: int, config: SearchConfig):
         super().__init__(gated, B, "central", config)
-
-    def noise(self) -> tuple[Tensor, int]:
-        "Noise of the gates, and a seed for dropout."
-        u = torch.rand(len(self.gated.space), dtype=torch.float64, generator=self.generator)
-        return u, int(torch.randint(2 ** 31, (), generator=self.generator))
 
     def unrolled(self, grads: list[Tensor], batches: list, u: Tensor, noise: int) -> list[Tensor]:
         "Gradients of L_alpha for delta and alpha after a virtual step, and its value."
@@ -140,13 +130,7 @@ class FourPasses(SearchStep):
         "Take one step."
         grads, numbers = self.move_alpha(batches_delta, batches_alpha)
         self.step_delta.step(grads)
-        return self.close(numbers, 4)
-
-    def close(self, numbers: dict[str, float], passes: int) -> dict[str, float]:
-        "Count the step, and give its numbers for the log."
-        self.done, self.passes = self.done + 1, self.passes + passes
-        return numbers | {"expected_size": self.meet(), "zeta": self.gated.zeta, "budget": self.B,
-                          "passes": passes}
+        return numbers | self.close(4)
 
 
 class FivePasses(FourPasses):
@@ -173,7 +157,7 @@ class FivePasses(FourPasses):
         u, noise = self.noise()
         *grads, loss = slopes(lambda: self.losses(batches_delta, u, noise), self.delta)
         self.step_delta.step(grads)
-        return self.close(numbers | check_finite(loss=loss.item()), 5)
+        return numbers | check_finite(loss=loss.item()) | self.close(5)
 
 
 @contextmanager
@@ -205,15 +189,6 @@ def published_search(
 ) -> SearchResult:
     "A whole search with the step of the released code, in the library's loop."
     B = resolve_budget(budget, space.n_backbone)
-    with five_passes(model, space, B, config) as step, torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        gates = LogGates(step.gated, B, config.evaluate_every)
-        evaluate = Evaluate(lambda: evaluate_gated(step.gated, loader_val, score, config.compute),
-                            lambda: None, config.evaluate_every)
-        learner = Learner(step, Pairs(loader_delta, loader_alpha, config.compute.batches), config.steps,
-                          "search", log, [gates, evaluate])
-        learner.fit()
-    best = evaluate.kept_step
-    return SearchResult(space, gates.history[best], best, B, "five passes", config.seed, learner.step,
-                        evaluate.scores, gates.history, step.passes, learner.seconds, config.steps,
-                        step.gate)
+    with five_passes(model, space, B, config) as step:
+        result = run_search(step, (loader_delta, loader_alpha, loader_val), score, log=log)
+    return replace(result, order="five passes")

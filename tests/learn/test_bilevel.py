@@ -234,7 +234,7 @@ def test_the_exact_order_is_autograd_through_the_whole_step_of_a_transformer(tra
     assert relative(found.mixed, found.direct - total) < 1e-3
 
 
-def multiplied(loss, delta, alpha, v, eps, start=None, reduce=bilevel.alone):
+def multiplied(loss, delta, alpha, v, eps, start=None, reduce=list):
     "The slip: a difference of slopes times the length of the move."
     return hvp_fd(loss, delta, alpha, v, eps, start, reduce) * eps ** 2
 

@@ -14,10 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from s3pet_nb.learn.compute import Compute
+from s3pet_nb.learn.compute import Compute, negative_loss
 from s3pet_nb.learn.learner import Callback, Checkpoint, Records, load_state
-from s3pet_nb.learn.optim import negative_loss
-from s3pet_nb.learn.protocol import PROTOCOLS
 from s3pet_nb.learn.prune import (CRITERIA, GRANULARITIES, Moment, PruneConfig, ScoredStep, Units, drop, flat,
                                   geometric_budgets, prune_search, random_units)
 from s3pet_nb.learn.train import TrainConfig, TrainStep, retrain
@@ -236,8 +234,8 @@ def test_what_is_left_begins_where_it_began_in_the_whole(granularity, monkeypatc
     model, starts = tiny("bert"), {}
     made = TrainStep.__init__
 
-    def noted(step, *told):
-        made(step, *told)
+    def noted(step, *args):
+        made(step, *args)
         starts[len(starts)] = step.snapshot()
 
     monkeypatch.setattr(TrainStep, "__init__", noted)
@@ -274,7 +272,7 @@ def test_only_what_is_kept_is_trained_stored_and_remembered(tmp_path):
                           checkpoint=lambda label: Checkpoint(tmp_path / f"{label}.safetensors", every=3))
     n_head = sum(weight.numel() for weight in head_parameters(model).values())
     state = load_state(tmp_path / "searched.safetensors")["learner"]["take_step"]
-    assert sum(weight.numel() for weight in state["weights"].values()) == 100 + n_head
+    assert sum(weight.numel() for weight in state["stepper"]["values"].values()) == 100 + n_head
     moments = state["stepper"]["optimizer"]["state"].values()
     assert sum(each["exp_avg"].numel() for each in moments) == 100 + n_head
     assert result.trained.n_trained == 100 and result.trained.n_head == n_head
@@ -521,16 +519,6 @@ def test_two_processes_score_what_one_does_with_two_batches(tmp_path):
     alone = scores_of(accumulate=2)
     assert torch.equal(one, two)
     assert (one - alone).norm() < 1e-3 * alone.norm() < 0.1 * (scores_of() - alone).norm()
-
-
-def test_the_protocol_by_name():
-    lawton = PROTOCOLS["lawton"]
-    steps = lawton.steps("glue/mrpc", "retrain", 3668 // 16)
-    config = lawton.config(steps, lawton.lr(1.0))
-    assert (steps, config.lr, config.take, config.clip) == (20 * 229, 1e-5, "last", math.inf)
-    assert round(config.warmup * steps) == 275 and (lawton.batch_size, lawton.max_length) == (16, 128)
-    assert lawton.metrics == {"glue/mrpc": "accuracy", "glue/qqp": "accuracy"}
-    assert lawton.seeds == 5 and {row.epochs for row in lawton.retrain.values()} == {20, 5, 2}
 
 
 if __name__ == "__main__":

@@ -34,11 +34,14 @@
 - `s3pet_nb.learn.train`: Train a structure from new weights, and what it is compared with
 - `s3pet_nb.model.backbone`: Any Hugging Face model as named positions, from one table row per family
 - `s3pet_nb.model.budget`: Expected size of a search, and the shift of the gates that keeps it within the budget
+- `s3pet_nb.model.file`: A structure as a small file that diffs well, and the strict reading of a file that may be anything
 - `s3pet_nb.model.fuse`: The fast form of an open supernet: what all modules add, in a few products
 - `s3pet_nb.model.gate`: From structural parameters to activation probabilities and gate samples: alpha, p, z
 - `s3pet_nb.model.peft`: A trained structure as one checkpoint of stock PEFT, folded into a plain model, and back
 - `s3pet_nb.model.pet`: PET modules under the unified view: a change Delta, gated by z
+- `s3pet_nb.model.select`: The modules that stay under a budget: by the highest probability, by the highest sum, or by dropping
 - `s3pet_nb.model.space`: The candidates of a search, and a backbone that carries them all behind gates
-- `s3pet_nb.model.structure`: What a search finds: a set of modules within the budget, as a small file that diffs well"""
+- `s3pet_nb.model.structure`: What a search finds: a set of modules within the budget, where it came from, and what can be done with it
+- `s3pet_nb.model.transfer`: The counterparts of a structure's modules on a backbone of another size or family, within a budget"""
 
 __version__ = "0.1.0"

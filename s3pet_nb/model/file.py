@@ -19,7 +19,7 @@ structure is applied."""
 __all__ = ['LINE', 'HEAD', 'SCHEMA', 'HOLDS', 'LARGEST', 'TYPES', 'LEAST', 'LONGEST', 'STACKS', 'LARGEST_MASKS', 'Kept', 'keep',
            'Record']
 
-# %% ../../nbs/model/07_file.ipynb #file-n03
+# %% ../../nbs/model/07_file.ipynb #file-n42
 import hashlib
 import json
 import math
@@ -39,7 +39,7 @@ from .backbone import KINDS
 from .pet import Settings, check_settings
 from .space import ROLES, Candidate, Rule, check_rules, module_name
 
-# %% ../../nbs/model/07_file.ipynb #file-n06
+# %% ../../nbs/model/07_file.ipynb #file-n45
 @dataclass(frozen=True)
 class Kept:
     "One module, kept as a whole or in part: where it sits, what it is, its size and why it was chosen."
@@ -70,7 +70,7 @@ class Kept:
 
 LINE = [field.name for field in fields(Kept) if field.name != "bits"]  # what the JSON has of each
 
-# %% ../../nbs/model/07_file.ipynb #file-n07
+# %% ../../nbs/model/07_file.ipynb #file-n46
 def keep(
     candidate: Candidate,
     p: float | None = None,  # its probability, if it was searched
@@ -81,7 +81,7 @@ def keep(
     return Kept(place.stack, place.layer, place.role, candidate.module, dict(candidate.settings), candidate.n,
                 candidate.of, p, score, place.path, dict(candidate.bits))
 
-# %% ../../nbs/model/07_file.ipynb #file-n10
+# %% ../../nbs/model/07_file.ipynb #file-n49
 @dataclass(frozen=True)
 class Record:
     "What a structure file and the masks beside it hold."
@@ -107,7 +107,7 @@ class Record:
 
 HEAD = [field.name for field in fields(Record) if field.name not in ("modules", "rules")]
 
-# %% ../../nbs/model/07_file.ipynb #file-n13
+# %% ../../nbs/model/07_file.ipynb #file-n52
 SCHEMA = 4  # of the file; another one is refused
 
 
@@ -120,7 +120,7 @@ def _text(record: Record, masks: str | None) -> str:
         lines.append(f' "{name}": [\n  {rows}\n ]')
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
-# %% ../../nbs/model/07_file.ipynb #file-n16
+# %% ../../nbs/model/07_file.ipynb #file-n55
 HOLDS = {"holds": "masks of a structure"}  # metadata of the file beside
 
 
@@ -143,7 +143,7 @@ def _packed(modules: Sequence[Kept]) -> bytes:
             for kept in modules for weight, mask in kept.bits.items()}
     return safetensors.numpy.save(bits, HOLDS) if bits else b""
 
-# %% ../../nbs/model/07_file.ipynb #file-n17
+# %% ../../nbs/model/07_file.ipynb #file-n56
 @patch
 def save(self: Record,
          path: str | os.PathLike,  # its folder exists
@@ -166,7 +166,7 @@ def save(self: Record,
     if ours and not packed:
         beside.unlink()
 
-# %% ../../nbs/model/07_file.ipynb #file-n20
+# %% ../../nbs/model/07_file.ipynb #file-n59
 LARGEST = 8_000_000  # bytes of a structure file: some thirty thousand modules
 
 
@@ -188,7 +188,7 @@ def _parsed(path: Path) -> object:
         raise ValueError(f"it has more than {LARGEST:,} bytes")
     return json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
 
-# %% ../../nbs/model/07_file.ipynb #file-n23
+# %% ../../nbs/model/07_file.ipynb #file-n62
 TYPES = {"stack": str, "layer": int | None, "role": str, "module": str, "settings": dict, "n": int,
          "of": int, "p": float | int | None, "score": float | int | None, "path": str, "masks": str | None,
          "backbone": str, "family": str, "n_backbone": int, "shape": dict, "space": str, "task": str | None,
@@ -211,7 +211,7 @@ def _within(name: str, value: object) -> bool:
         return LEAST.get(name, -2 ** 53) <= value <= 2 ** 53
     return not isinstance(value, float) or math.isfinite(value)
 
-# %% ../../nbs/model/07_file.ipynb #file-n24
+# %% ../../nbs/model/07_file.ipynb #file-n63
 def _check_value(name: str, value: object) -> None:
     "`ValueError` unless the value is of the field's type and within its bounds."
     shown = f"{name} is {str(value)[:40]!r}"
@@ -233,7 +233,7 @@ def _checked(entry: object, names: Sequence[str]) -> dict:
         _check_value(name, entry[name])
     return entry
 
-# %% ../../nbs/model/07_file.ipynb #file-n27
+# %% ../../nbs/model/07_file.ipynb #file-n66
 STACKS = {stack for kind in KINDS for stack in kind}
 
 
@@ -265,7 +265,7 @@ def _shape(sizes: dict) -> dict[str, tuple[int, int]]:
             raise ValueError(f"the shape of stack {stack!r} is {str(pair)[:40]!r}; give layers and width")
     return {stack: tuple(pair) for stack, pair in sizes.items()}
 
-# %% ../../nbs/model/07_file.ipynb #file-n30
+# %% ../../nbs/model/07_file.ipynb #file-n69
 def _check_together(modules: Sequence[Kept], shape: Mapping[str, tuple[int, int]], masks: str | None) -> None:
     "`ValueError` unless the modules agree with each other, with the shape and with the masks."
     if len({kept.name for kept in modules}) < len(modules):
@@ -284,7 +284,7 @@ def _values(content: object) -> tuple[dict, str | None]:
     "The fields of a record, still without bits, and the SHA-256 of the masks that belong to it."
     schema = content.get("schema") if isinstance(content, dict) else None
     if type(schema) is not int or schema != SCHEMA:
-        raise ValueError(f"its schema is {str(schema)[:40]}, and schema {SCHEMA} is read; make the structure "
+        raise ValueError(f"its schema is {str(schema)[:40]!r}, and schema {SCHEMA} is read; make the structure "
                          f"again, or add what schema {SCHEMA} has more and change the number")
     lists = {name: content.get(name) for name in ("rules", "modules")}
     if odd := [name for name, entries in lists.items() if not isinstance(entries, list)]:
@@ -298,7 +298,7 @@ def _values(content: object) -> tuple[dict, str | None]:
     _check_together(modules, shape, masks)
     return head | {"shape": shape, "rules": _rules(lists["rules"]), "modules": modules}, masks
 
-# %% ../../nbs/model/07_file.ipynb #file-n33
+# %% ../../nbs/model/07_file.ipynb #file-n72
 LARGEST_MASKS = 100_000_000  # bytes of the file beside
 
 
@@ -330,7 +330,7 @@ def _with_bits(values: dict, path: Path, sha256: str) -> dict:
         wrong = "it is missing" if isinstance(error, FileNotFoundError) else error
         raise ValueError(f"{beside} does not hold the masks of {path}: {wrong}; copy both files") from error
 
-# %% ../../nbs/model/07_file.ipynb #file-n34
+# %% ../../nbs/model/07_file.ipynb #file-n73
 @patch(cls_method=True)
 def load(cls: Record,
          path: str | os.PathLike,

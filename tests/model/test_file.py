@@ -105,7 +105,7 @@ def test_every_field_refuses_what_it_is_not(path, text):
     ('"shape": {"encoder": [2, 16]}', '"shape": {"../": [2, 16]}', "the shape of stack '../'"),
     ('"shape": {"encoder": [2, 16]}', '"shape": {"decoder": [2, 16]}', "encoder.0.q.lora(r=2) is in no layer of"),
     ('"shape": {"encoder": [2, 16]}', '"shape": {"encoder": [1, 16]}', "encoder.1.q.lora(r=2) is in no layer"),
-    (f'"schema": {SCHEMA}', '"schema": [4]', "its schema is [4], and schema 4 is read")])
+    (f'"schema": {SCHEMA}', '"schema": [4]', "its schema is '[4]', and schema 4 is read")])
 def test_what_is_wrong_is_said(path, text, old, new, says):
     assert old in text
     path.write_text(text.replace(old, new, 1))
@@ -244,11 +244,11 @@ def test_a_structure_comes_back_with_the_rules_of_its_space(tmp_path, space):
 
 
 @pytest.mark.parametrize("old, new, says", [
-    ('"schema": 4', '"schema": 5', "its schema is 5, and schema 4 is read; make the structure again, or"),
-    ('"schema": 4', '"schema": 1', "its schema is 1, and schema 4 is read; make the structure again, or"),
-    ('"schema": 4', '"schema": true', "its schema is True, and schema 4 is read; make the structure again, or"),
-    ('"schema": 4', '"schema": 3', "its schema is 3, and schema 4 is read; make the structure again, or"),
-    ('"schema": 4', '"schema": 2', "its schema is 2, and schema 4 is read; make the structure again, or"),
+    ('"schema": 4', '"schema": 5', "its schema is '5', and schema 4 is read; make the structure again, or"),
+    ('"schema": 4', '"schema": 1', "its schema is '1', and schema 4 is read; make the structure again, or"),
+    ('"schema": 4', '"schema": true', "its schema is 'True', and schema 4 is read; make the structure again, or"),
+    ('"schema": 4', '"schema": 3', "its schema is '3', and schema 4 is read; make the structure again, or"),
+    ('"schema": 4', '"schema": 2', "its schema is '2', and schema 4 is read; make the structure again, or"),
     ('"masks": null', '"masks": 3', "masks is '3', which is of the wrong type"),
     ('"of": ', '"of": 1', "in part and there are no masks"),
     ('"score": null', '"score": NaN', "NaN is no number of JSON"),

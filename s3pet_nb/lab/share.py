@@ -118,7 +118,7 @@ def _check(about: Mapping[str, str], digest: str, structure: Structure,
     if n != structure.n_params:
         raise ValueError(f"it has {n:,} weights, and the structure {structure.n_params:,}")
 
-
+# %% ../../nbs/lab/06_share.ipynb #share-n00
 def read(
     folder: str | os.PathLike,  # a run folder, or one that `save` wrote
 ) -> Tuned:
@@ -187,7 +187,7 @@ def _scores(result: Mapping) -> str:
     table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=right)
     return f"## Scores\n\n{_text(result.get('metric'))}; trained on the same batches.\n\n{table}\n\n"
 
-
+# %% ../../nbs/lab/06_share.ipynb #share-n01
 def _facts(structure: Structure) -> str:
     "What a structure says of itself, as rows of a Markdown table."
     share = f"{structure.n_params / structure.n_backbone:.2e}"
@@ -285,7 +285,7 @@ def push_to_hub(
             commit_message="A trained structure, and its card")
     return str(address)
 
-
+# %% ../../nbs/lab/06_share.ipynb #share-n02
 def from_hub(
     repo_id: str,  # such as "me/rte-minilm"
     revision: str | None = None,  # branch, tag or commit

@@ -222,7 +222,7 @@ def _check_value(name: str, value: object) -> None:
     if not _within(name, value):
         raise ValueError(f"{shown}, which is too small or too large")
 
-
+# %% ../../nbs/model/07_file.ipynb #file-n01
 def _checked(entry: object, names: Sequence[str]) -> dict:
     "`entry` if it is a mapping with just these fields, each as it should be."
     if not isinstance(entry, dict) or entry.keys() != set(names):
@@ -251,7 +251,7 @@ def _kept(entry: object) -> Kept:
                          "n counts from 1 to all there are, p is between 0 and 1")
     return kept
 
-
+# %% ../../nbs/model/07_file.ipynb #file-n03
 def _rules(entries: list) -> tuple[Rule, ...]:
     rules = tuple(Rule(**_checked(entry, [field.name for field in fields(Rule)])) for entry in entries)
     check_rules(rules)
@@ -279,7 +279,7 @@ def _check_together(modules: Sequence[Kept], shape: Mapping[str, tuple[int, int]
         if layers <= (kept.layer or 0):
             raise ValueError(f"{kept.name} is in no layer of the shape {shape}")
 
-
+# %% ../../nbs/model/07_file.ipynb #file-n05
 def _values(content: object) -> tuple[dict, str | None]:
     "The fields of a record, still without bits, and the SHA-256 of the masks that belong to it."
     schema = content.get("schema") if isinstance(content, dict) else None
@@ -318,7 +318,7 @@ def _filled(modules: Sequence[Kept], packed: bytes, sha256: str) -> tuple[Kept, 
             raise ValueError(f"it keeps {count} of {kept.of} entries of {kept.name}, not {kept.n}")
     return tuple(replace(kept, bits=bits[kept.name]) for kept in modules)
 
-
+# %% ../../nbs/model/07_file.ipynb #file-n07
 def _with_bits(values: dict, path: Path, sha256: str) -> dict:
     "The fields with the bits of the modules, from the file beside `path`."
     beside = _beside(path)

@@ -205,7 +205,7 @@ def _put_layer(written: _Checkpoint, parts: _Parts, path: str, module: nn.Module
     elif parts.biases:
         written.put(path, "lora_B.bias", torch.zeros(len(up)), "no BitFit here: zero")
 
-
+# %% ../../nbs/model/10_peft.ipynb #peft-n00
 def _checkpoint(model: transformers.PreTrainedModel, parts: _Parts) -> _Checkpoint:
     written = _Checkpoint([*parts.gaps])
     layers = [*(parts.products | parts.biases)] or [
@@ -295,7 +295,7 @@ def _difference(parts: _Parts, theirs: Tensor) -> float:
         raise RuntimeError(f"logits differ by {difference:.2g}; rounding explains {allowed:.2g}")
     return difference
 
-
+# %% ../../nbs/model/10_peft.ipynb #peft-n01
 def _check_loaded(written: _Checkpoint, parts: _Parts, state: Mapping[str, Tensor],
                   changed: Mapping[str, float | None]) -> None:
     "`RuntimeError` unless what was loaded is what was written."
@@ -430,7 +430,7 @@ def _fold(model: transformers.PreTrainedModel, parts: _Parts) -> None:
     for name, weight in (parts.norms | parts.head).items():
         model.get_parameter(name).copy_(weight)
 
-
+# %% ../../nbs/model/10_peft.ipynb #peft-n03
 def merge(
     model: transformers.PreTrainedModel,  # that the structure was trained on, as it was before; left so
     structure: Structure,
@@ -468,7 +468,7 @@ def _check_plain(config) -> None:
     if config.bias != "none":
         raise ValueError(f"it trains biases of the backbone (bias={config.bias!r}); say which in lora_bias")
 
-
+# %% ../../nbs/model/10_peft.ipynb #peft-n05
 def _stock(model: transformers.PreTrainedModel, config) -> tuple[dict[str, tuple[int, float]], list[str]]:
     "Where stock PEFT puts a LoRA: rank and scale by the module's name, and modules that it trains whole."
     from peft import get_peft_model
@@ -514,7 +514,7 @@ def _saved_norms(model: transformers.PreTrainedModel, saved: list[str],
             raise ValueError(f"{name} is trained whole, which no module of a structure is")
     return norms
 
-
+# %% ../../nbs/model/10_peft.ipynb #peft-n06
 def _peft_modules(model: transformers.PreTrainedModel, config, state: Mapping[str, Tensor] | None,
                   places: Mapping[str, Position]) -> Iterator[tuple[str, str, Settings]]:
     "Path, kind and settings of each module that a PEFT checkpoint has; of tensors, those that were changed."
@@ -550,7 +550,7 @@ def _source(source: object) -> tuple[object, dict[str, Tensor] | None]:
     except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as wrong:
         raise ValueError(f"{folder} is no PEFT checkpoint that can be read: {wrong}") from wrong
 
-
+# %% ../../nbs/model/10_peft.ipynb #peft-n08
 def _own(model: transformers.PreTrainedModel, folder: Path, about: dict) -> Structure:
     "The structure that lies beside a checkpoint of `to_peft`, if it has its places on this model."
     structure = Structure.load(folder / "structure.json")
@@ -565,7 +565,7 @@ def _rules(candidates: Iterable[Candidate]) -> tuple[Rule, ...]:
         roles[c.module, tuple(c.settings.items())][c.position.role] = None
     return tuple(Rule(module, tuple(where), dict(settings)) for (module, settings), where in roles.items())
 
-
+# %% ../../nbs/model/10_peft.ipynb #peft-n09
 def from_peft(
     model: transformers.PreTrainedModel,  # that the LoRA is for; with its own weights, for a checkpoint
     source: object,  # folder of a checkpoint, or a `peft.LoraConfig`

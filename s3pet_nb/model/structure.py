@@ -67,7 +67,7 @@ def _of_space(cls: type[Structure], space: SearchSpace, modules: Sequence[Kept],
                space.rules, **{"task": None, "budget": None, "method": "manual", "seed": 0} | about,
                version=__version__)
 
-
+# %% ../../nbs/model/09_structure.ipynb #structure-n00
 @patch(cls_method=True)
 def of(cls: Structure,
        space: SearchSpace,
@@ -94,7 +94,7 @@ def _part(candidate: Candidate, masks: Mapping[str, Tensor]) -> Candidate:
     bits = {weight: pack(mask) for weight, mask in own.items()} if n < candidate.of else {}
     return replace(candidate, n=n, bits=bits)
 
-
+# %% ../../nbs/model/09_structure.ipynb #structure-n01
 @patch(cls_method=True)
 def pruned(cls: Structure,
            space: SearchSpace,
@@ -128,7 +128,7 @@ def _check_bits(candidate: Candidate) -> None:
                                                           for name, shape in shapes.items()):
         raise ValueError(f"the masks of {candidate.name} are not those of its weights")
 
-
+# %% ../../nbs/model/09_structure.ipynb #structure-n03
 def kept_space(
     model: transformers.PreTrainedModel,
     structure: Structure,  # structure on this model or on one of the same shape
@@ -190,7 +190,7 @@ def _common(a: Kept, b: Kept) -> int:
     return sum((int.from_bytes(bits) & int.from_bytes(b.bits.get(name, b""))).bit_count()
                for name, bits in a.bits.items())
 
-
+# %% ../../nbs/model/09_structure.ipynb #structure-n04
 @patch(nm="jaccard")
 def _jaccard(self: Structure,
              other: Structure,

@@ -63,7 +63,7 @@ def _columns(kept: Kept, place: Position) -> Candidate | None:
     settings = {**kept.settings, "r": columns, "lora_alpha": scale * columns}
     return Candidate(place, kept.module, settings, LoRA.size(place, **settings))
 
-
+# %% ../../nbs/model/08_transfer.ipynb #transfer-n01
 def _fitted(kept: Kept, place: Position) -> Candidate | None:
     "A kept module at another place; None where it cannot sit there."
     kind = PET_MODULES[kept.module]
@@ -104,7 +104,7 @@ def _ways_of(i: int, kept: Kept, places: Sequence[Position], layers: int,
         if to := _fitted(kept, place):
             yield _Way(i, kept, to, rank == 0, fars[place])
 
-
+# %% ../../nbs/model/08_transfer.ipynb #transfer-n02
 def _ways(record: Record, places: Sequence[Position]) -> Iterator[_Way]:
     shape = shape_of(places)
     alone = next(iter(shape)) if len(record.shape) == len(shape) == 1 else None

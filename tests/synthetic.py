@@ -71,7 +71,7 @@ def pick(space: list[dict], p: list[float], budget: int) -> list[dict]:
             spent += entry["n"]
             modules.append(
                 {name: entry[name] for name in ("role", "layer", "stack", "module", "n")}
-                | {"settings": {}, "p": value, "path": entry["name"]}
+                | {"settings": {}, "of": entry["n"], "p": value, "score": None, "path": entry["name"]}
             )
     return modules
 
@@ -165,11 +165,14 @@ def make_run(
     write_json(
         run.folder / "structure.json",
         {
-            "schema": 1,
+            "schema": 4,
             "backbone": "all-MiniLM-L6-v2",
             "n_backbone": 22_713_216,
             "family": "bert",
+            "shape": {stack: [layers, 384] for stack, layers in (stacks or {"encoder": 6}).items()},
             "space": "mix",
+            "rules": [],
+            "masks": None,
             "task": run.params["task"],
             "budget": budget,
             "method": "s3pet",
@@ -267,7 +270,8 @@ def make_pruned(
     modules = [place | {"settings": {}, "p": None, "path": entry["name"]}
                for entry, place in zip(space, places) if place["n"]]
     write_json(run.folder / "structure.json", {
-        "schema": 3, "backbone": "minilm", "n_backbone": 22_713_216, "family": "bert", "space": "bias",
+        "schema": 4, "backbone": "minilm", "n_backbone": 22_713_216, "family": "bert", "space": "bias",
+        "shape": {"encoder": [6, 384]}, "rules": [],
         "task": run.params["task"], "budget": budget, "method": f"prune-{granularity}", "seed": seed,
         "version": "0.1.0", "masks": "0" * 64, "modules": modules})
     sizes = {"searched": sum(kept), "random-1": budget, "bitfit": whole, "finetune": 22_713_216}

@@ -459,8 +459,9 @@ def test_another_run_is_another_figure_with_its_own_limits(root):
 
 def structure(kept):
     modules = [{"stack": "encoder", "layer": layer, "role": role, "module": "bitfit", "settings": {}, "n": 8,
-                "p": None, "path": f"{layer}.{role}"} for layer, role in kept]
-    return {"schema": 1, "backbone": "b", "family": "bert", "n_backbone": 1000, "space": "bias", "task": "t",
+                "of": 8, "p": None, "score": None, "path": f"{layer}.{role}"} for layer, role in kept]
+    return {"schema": 4, "backbone": "b", "family": "bert", "n_backbone": 1000, "shape": {"encoder": [2, 8]},
+            "space": "bias", "rules": [], "masks": None, "task": "t",
             "budget": 20, "method": "s3pet", "seed": 0, "version": "0", "modules": modules}
 
 

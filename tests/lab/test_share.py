@@ -127,8 +127,10 @@ def test_the_hub_gets_our_files_and_the_card_and_gives_them_back(folder, tmp_pat
         (hub / repo_id).mkdir(parents=True, exist_ok=True)
         return f"https://hub/{repo_id}"
 
-    def upload_folder(repo_id, folder_path, commit_message):
-        shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
+    def create_commit(repo_id, operations, commit_message):
+        for operation in operations:
+            with operation.as_file() as content:
+                (hub / repo_id / operation.path_in_repo).write_bytes(content.read())
 
     def snapshot_download(repo_id, revision, allow_patterns):
         here = tmp_path / "cache" / (revision or "main")
@@ -138,7 +140,7 @@ def test_the_hub_gets_our_files_and_the_card_and_gives_them_back(folder, tmp_pat
                 shutil.copyfile(hub / repo_id / name, here / name)
         return str(here)
 
-    for function in create_repo, upload_folder, snapshot_download:
+    for function in create_repo, create_commit, snapshot_download:
         monkeypatch.setattr(huggingface_hub, function.__name__, function)
     (folder / "log.jsonl").write_text("{}")
     assert push_to_hub(folder, "me/rte") == "https://hub/me/rte"

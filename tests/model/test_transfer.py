@@ -9,7 +9,8 @@ from s3pet_nb.learn.prune import random_units
 from s3pet_nb.model.backbone import FAMILIES, example_batch, tiny
 from s3pet_nb.model.pet import PET_MODULES
 from s3pet_nb.model.space import LINEAR, NORM, Rule, make_space
-from s3pet_nb.model.structure import ROLE_LIKE, Structure, select
+from s3pet_nb.model.structure import Structure, select
+from s3pet_nb.model.transfer import ROLE_LIKE
 
 FATES = {"moved", "no counterpart", "its place is taken", "above the budget", "added beside"}
 
@@ -158,14 +159,6 @@ def test_nothing_that_fits_is_said():
         found.transfer(tiny("bert"))
     with pytest.raises(ValueError, match="within 10 parameters"):
         found.transfer(model, 10)
-
-
-def test_where_the_shape_is_not_known_only_equal_depth_is_assumed():
-    model = tiny("bert", num_hidden_layers=4)
-    found = replace(structure_of(model, 0.8), shape={})
-    assert found.transfer(model).modules == found.modules
-    with pytest.raises(ValueError, match="does not say how many layers bert has, and encoder.[23]"):
-        found.transfer(tiny("bert"))
 
 
 def test_modules_in_part_go_along_where_the_size_is_the_same_and_as_whole_columns_elsewhere():

@@ -1,18 +1,24 @@
 "A structure file may be anything: it loads, or it is refused in a sentence; no crash, no code run, memory bounded."
+import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from structures import RANKS, in_part, searched
 
 from s3pet_nb.learn.prune import random_units
 from s3pet_nb.model.backbone import tiny
-from s3pet_nb.model.space import LINEAR, NORM, Rule, make_space
-from s3pet_nb.model.structure import LARGEST, LARGEST_MASKS, SCHEMA, Structure
+from s3pet_nb.model.file import LARGEST, LARGEST_MASKS, SCHEMA
+from s3pet_nb.model.space import LINEAR, NORM, SPACES, Rule, make_space
+from s3pet_nb.model.structure import Structure, kept_space
 
 RULES = (Rule("lora", LINEAR, {"r": 2}), Rule("bitfit", NORM), Rule("lowrank_adapter", "ffn", {"init": "glorot"}))
 
@@ -99,7 +105,7 @@ def test_every_field_refuses_what_it_is_not(path, text):
     ('"shape": {"encoder": [2, 16]}', '"shape": {"../": [2, 16]}', "the shape of stack '../'"),
     ('"shape": {"encoder": [2, 16]}', '"shape": {"decoder": [2, 16]}', "encoder.0.q.lora(r=2) is in no layer of"),
     ('"shape": {"encoder": [2, 16]}', '"shape": {"encoder": [1, 16]}', "encoder.1.q.lora(r=2) is in no layer"),
-    (f'"schema": {SCHEMA}', '"schema": [4]', "neither of schema")])
+    (f'"schema": {SCHEMA}', '"schema": [4]', "its schema is '[4]', and schema 4 is read")])
 def test_what_is_wrong_is_said(path, text, old, new, says):
     assert old in text
     path.write_text(text.replace(old, new, 1))
@@ -221,3 +227,192 @@ def test_masks_larger_than_any_are_not_read(tmp_path):
         file.truncate(LARGEST_MASKS + 1)
     with pytest.raises(ValueError, match="does not hold the masks of .*: it has more than 100,000,000 bytes"):
         Structure.load(tmp_path / "structure.json")
+
+
+@pytest.mark.parametrize("space", [*SPACES, RANKS], ids=[*SPACES, "custom"])
+def test_a_structure_comes_back_with_the_rules_of_its_space(tmp_path, space):
+    structure = searched(space, B=300, task="rte", seed=3)
+    structure.save(tmp_path / "structure.json")
+    again = Structure.load(tmp_path / "structure.json")
+    assert again == structure and len(again) > 1
+    assert again.rules == make_space(tiny("bert"), space).rules
+    assert again.rules == (RANKS if space is RANKS else SPACES[space])
+    assert make_space(tiny("bert"), again.rules).candidates == make_space(tiny("bert"), space).candidates
+    lines = (tmp_path / "structure.json").read_text().splitlines()
+    assert sum('"roles"' in line for line in lines) == len(again.rules)
+    assert sum('"path"' in line for line in lines) == len(again)
+
+
+@pytest.mark.parametrize("old, new, says", [
+    ('"schema": 4', '"schema": 5', "its schema is '5', and schema 4 is read; make the structure again, or"),
+    ('"schema": 4', '"schema": 1', "its schema is '1', and schema 4 is read; make the structure again, or"),
+    ('"schema": 4', '"schema": true', "its schema is 'True', and schema 4 is read; make the structure again, or"),
+    ('"schema": 4', '"schema": 3', "its schema is '3', and schema 4 is read; make the structure again, or"),
+    ('"schema": 4', '"schema": 2', "its schema is '2', and schema 4 is read; make the structure again, or"),
+    ('"masks": null', '"masks": 3', "masks is '3', which is of the wrong type"),
+    ('"of": ', '"of": 1', "in part and there are no masks"),
+    ('"score": null', '"score": NaN', "NaN is no number of JSON"),
+    ('"score": null', '"score": true', "score is 'True', which is of the wrong type"),
+    ('"module": "lora", "roles"', '"module": "lorra", "roles"', "unknown PET module 'lorra'"),
+    ('"roles": ["q"', '"roles": ["query"', "unknown role 'query'"),
+    ('"roles": ["q"', '"roles": [["q"]', "unknown role"),
+    ('"roles": ["q", "v"]', '"roles": "q"', "roles is 'q', which is of the wrong type"),
+    ('"settings": {"r": 2}', '"settings": {"rank": 2}', "unknown setting of lora 'rank'"),
+    ('"settings": {"r": 2}', '"settings": {"r": "2"}', "r of lora is '2'"),
+    ('"settings": {"r": 2}', '"settings": {"r": [2]}', "r of lora is"),
+    ('"settings": {"r": 2}', '"settings": [2]', "settings is"),
+    ('"settings": {"r": 2}}', '"settings": {"r": 2}, "more": 1}', "fields more are not as expected"),
+    ('"rules": [', '"rules": [3, ', "fields are missing"),
+    ('"rules": [', '"rule": [', "it has no list of rules")])
+def test_rules_in_a_file_are_checked(tmp_path, old, new, says):
+    path = tmp_path / "structure.json"
+    searched(RANKS).save(path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=f"is not a structure file: .*{re.escape(says)}"):
+        Structure.load(path)
+
+
+@pytest.mark.parametrize("settings, says", [({"rank": 2}, "unknown setting"), ({"r": True}, "r of lora is"),
+                                            ({"r": 2.0}, "r of lora is 2.0")])
+def test_settings_of_a_kept_module_are_checked(tmp_path, settings, says):
+    path = tmp_path / "structure.json"
+    searched(RANKS).save(path)
+    file = json.loads(path.read_text())
+    kept = next(line for line in file["modules"] if line["module"] == "lora")
+    kept["settings"] = settings
+    path.write_text(json.dumps(file))
+    with pytest.raises(ValueError, match=says):
+        Structure.load(path)
+
+
+def test_modules_in_part_come_back_from_the_two_files(tmp_path):
+    path = tmp_path / "found.json"
+    for draw in range(4):
+        structure = in_part(draw)
+        structure.save(path)
+        assert Structure.load(path) == structure
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["found.json", "found.safetensors"]
+        file = json.loads(path.read_text())
+        assert file["masks"] == hashlib.sha256(path.with_suffix(".safetensors").read_bytes()).hexdigest()
+        assert set(file["modules"][0]) == {"stack", "layer", "role", "module", "settings", "n", "of", "p",
+                                           "score", "path"}
+    first = path.with_suffix(".safetensors").read_bytes()
+    Structure.load(path).save(path)
+    assert path.with_suffix(".safetensors").read_bytes() == first, "the same structure, byte for byte"
+    searched().save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["found.json"] and Structure.load(path) == searched()
+
+
+def test_another_file_of_the_sidecars_name_is_neither_written_over_nor_removed(tmp_path):
+    weights, path = tmp_path / "model.safetensors", tmp_path / "model.json"
+    for content in safetensors.numpy.save({"w": np.ones(3)}), b"no safetensors":
+        weights.write_bytes(content)
+        with pytest.raises(FileExistsError, match="is not free for the masks"):
+            in_part().save(path)
+        assert not path.exists()
+        searched().save(path)
+        assert weights.read_bytes() == content and Structure.load(path) == searched()
+        path.unlink()
+
+
+def spoil(path: Path, change) -> None:
+    "Change the masks and make the sum in the structure file agree, as a maker of such files could."
+    beside = path.with_suffix(".safetensors")
+    masks = safetensors.numpy.load(beside.read_bytes())
+    beside.write_bytes(safetensors.numpy.save(change(dict(masks))))
+    file = json.loads(path.read_text())
+    file["masks"] = hashlib.sha256(beside.read_bytes()).hexdigest()
+    path.write_text(json.dumps(file))
+
+
+FIRST = "encoder.0.q.lora(r=4,init=balanced).A"
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda masks: masks | {FIRST: 255 - masks[FIRST]}, r"entries of encoder.0.q.lora\(r=4,.*\), not"),
+    (lambda masks: {k: m for k, m in masks.items() if k != FIRST}, "entries of encoder.0.q.lora"),
+    (lambda masks: masks | {"encoder.9.q.lora.A": masks[FIRST]}, "encoder.9.q.lora.A is no mask of a kept"),
+    (lambda masks: masks | {FIRST: masks[FIRST].astype(np.int32)}, "A is no mask of a kept"),
+    (lambda masks: {}, "keeps 0 of")])
+def test_masks_that_do_not_agree_with_the_counts_are_refused(tmp_path, change, says):
+    path = tmp_path / "structure.json"
+    in_part().save(path)
+    assert FIRST in safetensors.numpy.load(path.with_suffix(".safetensors").read_bytes())
+    spoil(path, change)
+    with pytest.raises(ValueError, match=f"does not hold the masks of .*{says}.*; copy both files"):
+        Structure.load(path)
+
+
+@pytest.mark.parametrize("spoilt", [None, b"", b"\0" * 40, "other"])
+def test_a_missing_torn_or_foreign_sidecar_is_named(tmp_path, spoilt):
+    path, beside = tmp_path / "structure.json", tmp_path / "structure.safetensors"
+    in_part().save(path)
+    if spoilt is None:
+        beside.unlink()
+    elif spoilt == "other":
+        in_part(1).save(tmp_path / "other.json")
+        beside.write_bytes((tmp_path / "other.safetensors").read_bytes())
+    else:
+        beside.write_bytes(spoilt)
+    why = "it is missing" if spoilt is None else "it was not saved with this structure"
+    says = f"^{beside} does not hold the masks of {path}: {why}; copy both files$"
+    with pytest.raises(ValueError, match=says):
+        Structure.load(path)
+
+
+def test_bytes_that_are_no_safetensors_are_refused_even_if_the_sum_agrees(tmp_path):
+    path = tmp_path / "structure.json"
+    in_part().save(path)
+    path.with_suffix(".safetensors").write_bytes(b"\xff" * 64)
+    file = json.loads(path.read_text())
+    path.write_text(json.dumps(file | {"masks": hashlib.sha256(b"\xff" * 64).hexdigest()}))
+    with pytest.raises(ValueError, match="does not hold the masks of .*; copy both files"):
+        Structure.load(path)
+
+
+def test_a_save_that_fails_between_the_two_files_is_noticed(tmp_path, monkeypatch):
+    from s3pet_nb.model import file
+    path = tmp_path / "structure.json"
+    in_part().save(path)
+
+    def full_disk(path, text):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(file, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        in_part(1).save(path)
+    with pytest.raises(ValueError, match="was not saved with this structure; copy both files"):
+        Structure.load(path)
+
+
+def renamed(masks: dict) -> dict:
+    return {name.replace(").A", ").C"): mask for name, mask in masks.items()}
+
+
+def longer(masks: dict) -> dict:
+    return masks | {FIRST: np.append(masks[FIRST], np.uint8(0))}
+
+
+@pytest.mark.parametrize("change, says", [
+    (renamed, "masks of encoder.0.q.lora.* are not those of its weights"),
+    (longer, "a mask of 64 entries has 8 bytes, not 9")])
+def test_masks_that_do_not_fit_the_weights_are_refused_before_anything_is_built(tmp_path, change, says):
+    path = tmp_path / "structure.json"
+    in_part().save(path)
+    spoil(path, change)
+    with pytest.raises(ValueError, match=says):
+        kept_space(tiny("bert"), Structure.load(path))
+
+
+def test_a_bit_behind_the_last_entry_keeps_nothing(tmp_path):
+    model = tiny("bert", hidden_size=12)
+    space = make_space(model, [Rule("bitfit", "q")])
+    mask = torch.arange(12) < 5
+    structure = Structure.pruned(space, {f"{candidate.name}.b": mask for candidate in space.candidates})
+    path = tmp_path / "structure.json"
+    structure.save(path)
+    spoil(path, lambda masks: {name: np.array([0b11110000, 0b00000001], np.uint8) for name in masks})
+    with pytest.raises(ValueError, match="masks of encoder.0.q.bitfit are not those of its weights"):
+        kept_space(model, Structure.load(path))

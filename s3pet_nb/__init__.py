@@ -10,12 +10,11 @@
 - `s3pet_nb.data.task`: GLUE, SuperGLUE, the project's own agreement task, or rows of yours: splits, labels, metrics
 - `s3pet_nb.lab.explore`: Finished runs side by side: one search under any budget, structures compared, averages and sweeps
 - `s3pet_nb.lab.live`: A run that is watched while it goes on, and steered
-- `s3pet_nb.lab.lock`: A run has one owner at a time: a lock with a heartbeat, taken over when its owner is dead
 - `s3pet_nb.lab.log`: A log that grows: what it has said since the last look, kept small
 - `s3pet_nb.lab.page`: One page per run that draws without a network, and an index of all pages
 - `s3pet_nb.lab.plot`: What a run's log shows: a frame of numbers, and a figure of that frame
 - `s3pet_nb.lab.pool`: Run what a study has no result for: slots on this machine, retries, and a state that anybody can read
-- `s3pet_nb.lab.ray`: The same study on a Ray cluster: one remote task per run, results on shared storage or brought back
+- `s3pet_nb.lab.ray`: The same study on a Ray cluster: one remote task per run, results on storage that all nodes share
 - `s3pet_nb.lab.results`: What a study found: scores over seeds, paired differences, ranks and the papers' tables
 - `s3pet_nb.lab.run`: Execute a template notebook into a run folder
 - `s3pet_nb.lab.share`: A trained structure as two small files: save, load, push to the hub and bring back
@@ -23,7 +22,6 @@
 - `s3pet_nb.lab.study`: What is asked: templates with parameters, and studies, which are grids of them
 - `s3pet_nb.lab.study_page`: One page per study: what was asked, what came out, how sure it is, and every run
 - `s3pet_nb.lab.track`: The numbers of a run, also in MLflow or Weights & Biases
-- `s3pet_nb.lab.watch`: How a study goes: in the terminal while it runs, and in a notebook from anywhere
 - `s3pet_nb.learn.bilevel`: The gradient of the structural parameters through one step of the modules they gate
 - `s3pet_nb.learn.compute`: How a pass is run, where, and what it costs
 - `s3pet_nb.learn.learner`: One training loop for searching and for training; what watches it, and what brings it back

@@ -83,17 +83,12 @@ def kill(process):
         pass
 
 
-def workers(running):
-    return [child for child in psutil.Process(running.pid).children() if "serve()" in " ".join(child.cmdline())]
-
-
 def disturb(running, root, kinds, dice):
-    "Kill kernels, workers and the study itself at random times, until it ended or nothing is left to be killed."
+    "Kill kernels and the study itself at random times, until it ended or nothing is left to be killed."
     while kinds and running.poll() is None:
         time.sleep(dice.uniform(0.2, 1.5))
         try:
-            victims = {"kernel": kernels(root), "worker": workers(running),
-                       "study": [psutil.Process(running.pid)]}[kinds[-1]]
+            victims = {"kernel": kernels(root), "study": [psutil.Process(running.pid)]}[kinds[-1]]
         except psutil.Error:
             continue
         if victims:
@@ -112,11 +107,11 @@ def undisturbed(seed):
 
 
 def test_forty_runs_survive_whatever_is_killed(tmp_path):
-    "SIGKILL of kernels, workers and the study, a template that raises and one that hangs, in one study."
+    "SIGKILL of kernels and of the study, a template that raises and one that hangs, in one study."
     relief, root = tmp_path / "relief", tmp_path / "reports"
     path = write_study(tmp_path, range(RUNS), STUMBLE.replace("RELIEF", repr(str(relief))))
     environment = {"EXECUTIONS": str(tmp_path / "executions")}
-    dice, kinds = random.Random(0), ["study", "kernel", "worker", "kernel", "study", "worker"]
+    dice, kinds = random.Random(0), ["study", "kernel", "kernel", "study", "kernel", "study", "kernel"]
     while kinds:
         code = disturb(call(path, root, environment, retries=1, pause=0.1, time_limit=20), root, kinds, dice)
     if code == 0:

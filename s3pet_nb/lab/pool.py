@@ -412,10 +412,9 @@ def machine_line(
 # %% ../../nbs/lab/10_pool.ipynb #pool-036
 def status_view(
     status: Mapping,  # of `StudyState.status`
-    now: float | None = None,  # as `time.time`; None for this moment
 ) -> Group:
     "What a terminal shows of a study that runs."
-    now = time.time() if now is None else now
+    now = status["updated"]
     table = Table(box=None, header_style="bold", pad_edge=False)
     widths = {"run": (10, None), "method": (6, 18), "asked": (6, None), "now": (8, None), "for": (6, None)}
     for name, (least, most) in widths.items():

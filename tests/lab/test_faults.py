@@ -47,7 +47,8 @@ def write_study(folder, seeds, *cells):
 def call(path, root, environment, **rules):
     "A process that runs a study."
     return subprocess.Popen([sys.executable, "-c", STUDY, str(path), str(root), json.dumps(rules)],
-                            env=os.environ | environment, stderr=subprocess.DEVNULL)
+                            env=os.environ | environment, stderr=subprocess.DEVNULL,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell may ignore it
 
 
 def kernels(root):
@@ -161,6 +162,16 @@ def test_two_studies_at_once_run_every_run_once(tmp_path):
     assert [running.wait() for running in both] == [0, 0]
     executed = (tmp_path / "executions").read_text().split()
     assert sorted(executed) == sorted(results(tmp_path / "reports")) and len(executed) == 8
+
+
+def test_an_interrupted_study_leaves_the_runs_of_another_alone(tmp_path):
+    path, environment = write_study(tmp_path, range(10)), {"EXECUTIONS": str(tmp_path / "executions")}
+    one, other = [call(path, tmp_path / "reports", environment, retries=0) for _ in range(2)]
+    while len(results(tmp_path / "reports")) < 2 and one.poll() is None:
+        time.sleep(0.05)
+    one.send_signal(signal.SIGINT)
+    assert one.wait(60) not in (0, None) and other.wait() == 0, "with no retries, as no kernel of it was ended"
+    assert len(results(tmp_path / "reports")) == 10 and gone(tmp_path / "reports")
 
 
 def test_an_interrupt_ends_cleanly_and_the_next_call_goes_on_from_the_checkpoint(tmp_path):

@@ -138,9 +138,9 @@ def claim(
     except Timeout:
         raise Busy(folder, read_json(note) or {}) from None
     try:
-        dead, host = read_json(note) or {}, machine()
-        who = f"process {os.getpid()} on {host.partition(' ')[0]} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        write_json(note, {"machine": host, "who": who})
+        dead, host = read_json(note) or {}, machine().partition(" ")[0]
+        who = f"process {os.getpid()} on {host} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        write_json(note, {"machine": machine(), "who": who})
         yield dead
     finally:
         note.unlink(missing_ok=True)

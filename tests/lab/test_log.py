@@ -67,6 +67,7 @@ def test_a_run_is_found_by_itself_its_folder_and_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("seconds, text", [
-    (0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599.4, "59 min 59 s"), (3600, "1 h 0 min"), (90_000, "25 h 0 min")])
+    (0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599.4, "59 min 59 s"), (3600, "1 h 0 min"),
+    (90_000, "25 h 0 min")])
 def test_a_duration_is_said_in_two_parts(seconds, text):
     assert duration(seconds) == text

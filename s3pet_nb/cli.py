@@ -41,7 +41,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     import pandas as pd
 
-    from s3pet_nb.lab.pool import Backend, Job, Progress
+    from s3pet_nb.lab.pool import Backend, Job, StudyState
     from s3pet_nb.lab.study import Study
     from s3pet_nb.model.structure import Structure
 
@@ -336,8 +336,7 @@ def plan_table(
     study: "Study",
 ) -> Table:
     "One row per run of a study: its name, what it is asked, and whether it is done."
-    from s3pet_nb.lab.pool import seconds_of, shown
-    from s3pet_nb.lab.watch import point
+    from s3pet_nb.lab.pool import point, seconds_of, shown
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, least in {"run": 10, "method": None, "asked": None, "state": 7, "seconds": 7}.items():
@@ -357,9 +356,9 @@ def plan_text(
 ) -> str:
     "How many runs there are, how many are done, and how long the others will take."
     from s3pet_nb.lab.log import duration
-    from s3pet_nb.lab.pool import Progress
+    from s3pet_nb.lab.pool import StudyState
 
-    left = Progress(study, jobs, slots).estimate.left(jobs, slots, now=0)
+    left = StudyState(study, jobs, slots).estimate.left(jobs, slots, now=0)
     todo = sum(job.state != "done" for job in jobs)
     about = "" if not todo else ", time unknown before the first is done" if left is None else (
         f", about {duration(left)} in {slots} slot{'s' * (slots > 1)}")
@@ -544,7 +543,7 @@ def _watching() -> Iterator[Callable[[dict], None]]:
     "Shows the status of a study: in place on a terminal, elsewhere a line whenever a count changes."
     from rich.live import Live
 
-    from s3pet_nb.lab.watch import headline, status_view
+    from s3pet_nb.lab.pool import headline, status_view
 
     console, said = Console(stderr=True, force_jupyter=False), []
     if console.is_terminal:
@@ -558,10 +557,9 @@ def _watching() -> Iterator[Callable[[dict], None]]:
         yield line
 
 
-def _close(ended: "Progress", page: Path) -> None:
+def _close(ended: "StudyState", page: Path) -> None:
     "Say what came of a study; `ValueError` if a run failed or was not begun."
-    from s3pet_nb.lab.pool import shown
-    from s3pet_nb.lab.watch import point
+    from s3pet_nb.lab.pool import point, shown
 
     for job in ended.of("failed"):
         say(f"failed: {job.id} {point({'params': shown(ended.study, job.question)})}: {job.cause}")

@@ -26,7 +26,8 @@ folder nothing but what was asked for."""
 
 # %% auto #0
 __all__ = ['SEARCH', 'STEP', 'LOOK', 'CURVES', 'AXES', 'BY_HAND', 'DRAW', 'entropy', 'Watched', 'points', 'plot_curves',
-           'Control', 'Steered', 'stops', 'Pace', 'LiveFigures', 'changed', 'settle', 'status', 'Monitor']
+           'Control', 'Steered', 'stops', 'Pace', 'LiveFigures', 'changed', 'settle', 'status', 'Monitor',
+           'status_html', 'StudyMonitor']
 
 # %% ../../nbs/lab/12_live.ipynb #live-003
 import asyncio
@@ -722,3 +723,73 @@ class Monitor:
         shown.update(first, raw=True)
         for other in others:
             display(other, raw=True)
+
+# %% ../../nbs/lab/12_live.ipynb #live-study-2
+from .pool import STATUS, headline, machine_line, point, step
+
+# %% ../../nbs/lab/12_live.ipynb #live-study-3
+def status_html(
+    status: Mapping,
+    now: float,  # as `time.time`
+) -> str:
+    "What a notebook shows of a study."
+    share = 100 * status["counts"]["done"] / max(1, status["asked"])
+    bar = ("<div style='height:6px;max-width:420px;background:#8884;border-radius:3px'>"
+           f"<div style='height:6px;width:{share:.0f}%;background:#0072B2;border-radius:3px'></div></div>")
+    rows = [(job["id"], job["method"], point(job), step(job), duration(now - job["since"]))
+            for job in status["jobs"] if job["state"] == "running"]
+    rows += [(job["id"], job["method"], point(job), job["state"], job["cause"])
+             for job in status["jobs"] if job["state"] == "failed"]
+    cell = "<td style='text-align:left;padding:1px 14px 1px 0'>"
+    table = "".join("<tr>" + "".join(f"{cell}{html.escape(str(value))}</td>" for value in row) + "</tr>"
+                    for row in rows)
+    return (f"<p><b>{html.escape(status['study'])}</b> {html.escape(status['title'])}<br>"
+            f"{html.escape(headline(status, now))}</p>{bar}<table>{table}</table>"
+            f"<p style='opacity:.7'>{html.escape(machine_line(status))}</p>")
+
+# %% ../../nbs/lab/12_live.ipynb #live-study-4
+class StudyMonitor:
+    "A study in a cell: how far it is, as long as it goes on."
+
+    GLANCE = 1.0  # seconds between two looks
+
+    def __init__(self,
+                 study: str,  # its name; `FileNotFoundError` if it was never run under `root`
+                 root: str | os.PathLike = "reports",  # folder of all studies
+                 ):
+        self.path = Path(root) / study / STATUS
+        self.status, self.following = {}, None
+        self.box = widgets.HTML()
+        self.box.add_class("s3pet-status")
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no study {study!r} was run under {str(root)!r}; start it with "
+                                    f"'s3pet study {study}'")
+        self.look()
+
+    @property
+    def over(self) -> bool:
+        "Whether whoever ran the study has ended."
+        return bool(self.status.get("ended"))
+
+    def look(self) -> None:
+        "Read the status and show it; a status that cannot be read leaves what is shown."
+        try:
+            status = json.loads(self.path.read_text(encoding="utf-8"))
+            self.box.value = status_html(status, time.time())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return
+        self.status = status
+
+    async def follow(self) -> None:
+        "Look once a second until the study has ended."
+        while not self.over:
+            self.look()
+            await asyncio.sleep(self.GLANCE)
+
+    def _ipython_display_(self) -> None:
+        display(self.box)
+        if not self.over and self.following is None:
+            try:
+                self.following = asyncio.get_running_loop().create_task(self.follow())
+            except RuntimeError:  # no event loop, so nobody to follow for
+                pass

@@ -17,14 +17,24 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import UnknownName
 from .store import Run, run_folders
 
-# %% ../../nbs/lab/01_log.ipynb #live-006
+# %% ../../nbs/lab/01_log.ipynb #live-011
 CHUNK = 2 ** 20  # bytes of a log that are read at once
 
 
+def _record(line: bytes) -> dict | None:
+    "The record of a line, None if it is none."
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+# %% ../../nbs/lab/01_log.ipynb #live-006
 class Tail:
     "What a growing file of JSON lines has said since the last look."
 
@@ -36,38 +46,36 @@ class Tail:
 
     def begin(self) -> None:
         "Go to the start of the file."
-        self.place, self.tip, self.faults, self.cut, self.more = 0, b"", 0, False, False
+        self.place, self.tip = 0, b""  # bytes that were read, and the last line of them
+        self.faults, self.cut, self.more = 0, False, False
 
     def read(self) -> tuple[list[dict], bool]:
         "The next records, about `CHUNK` bytes of them, and whether the file is another one than before."
         try:
-            with open(self.path, "rb") as file:
-                file.seek(self.place - len(self.tip))
-                again = file.read(len(self.tip)) != self.tip
-                if again:
-                    self.begin()
-                    file.seek(0)
-                lines = file.readlines(CHUNK)
+            lines, again = self._lines()
         except FileNotFoundError:
-            again, lines = bool(self.place), []
+            lines, again = [], bool(self.place)
             self.begin()
         self.cut = bool(lines) and not lines[-1].endswith(b"\n")
         whole = lines[:-1] if self.cut else lines
         self.more = bool(whole)  # perhaps: there is when the next look finds some
         self.place += sum(map(len, whole))
         self.tip = whole[-1] if whole else self.tip
-        return [record for record in map(self.parse, whole) if record is not None], again
+        records = [_record(line) for line in whole]
+        self.faults += records.count(None)
+        return [record for record in records if record is not None], again
 
-    def parse(self, line: bytes) -> dict | None:
-        "The record of a line; one that is none is counted."
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            self.faults += 1
-            return None
-        return record
+# %% ../../nbs/lab/01_log.ipynb #live-012
+@patch
+def _lines(self: Tail) -> tuple[list[bytes], bool]:
+    "The next lines, and whether they are those of another file, read from its start."
+    with open(self.path, "rb") as file:
+        file.seek(self.place - len(self.tip))
+        again = file.read(len(self.tip)) != self.tip
+        if again:
+            self.begin()
+            file.seek(0)
+        return file.readlines(CHUNK), again
 
 # %% ../../nbs/lab/01_log.ipynb #live-009
 class Thinned:
@@ -105,13 +113,13 @@ def find_run(
     if Path(run).is_dir():
         return Run(run)
     known = run_folders(root)
-    found = [each for each in known if each.id == str(run)]
-    if not found:
+    named = [each for each in known if each.id == str(run)]
+    if not named:
         raise UnknownName(f"run under {root}", str(run), [each.id for each in known])
-    if len(found) > 1:
-        places = " and ".join(str(each.folder) for each in found)
-        raise ValueError(f"run {run} is in {len(found)} studies, {places}; give one of these folders")
-    return found[0]
+    if len(named) > 1:
+        places = " and ".join(str(each.folder) for each in named)
+        raise ValueError(f"run {run} is in {len(named)} studies, {places}; give one of these folders")
+    return named[0]
 
 
 def duration(

@@ -1,6 +1,6 @@
 """What a study costs beyond its runs, and what a second slot brings: `python -m tests.bench.pool`.
 
-The overhead of a run is the time from handing it to a worker that is up to its answer, less the time of its
+The overhead of a run is the time from handing it to a slot to its answer, less the time of its
 cells: the kernel's start and end, the notebook's account, the lock and the page. The gain of a second slot is the
 time of one and the same study with one slot over that with two, where a slot has one thread each.
 """
@@ -32,7 +32,7 @@ def in_cells(run: Path) -> float:
 
 
 def overheads(study: Study, root: Path) -> list[float]:
-    "Seconds that each run took beyond its cells; the first, for which the worker starts, is left out."
+    "Seconds that each run took beyond its cells; the first, for which files are read for the first time, is left out."
     found = []
     with Local(1) as backend:
         for job in plan(study, root):

@@ -47,7 +47,8 @@ def write_study(folder, seeds, *cells):
 def call(path, root, environment, **rules):
     "A process that runs a study."
     return subprocess.Popen([sys.executable, "-c", STUDY, str(path), str(root), json.dumps(rules)],
-                            env=os.environ | environment, stderr=subprocess.DEVNULL)
+                            env=os.environ | environment, stderr=subprocess.DEVNULL,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell may ignore it
 
 
 def kernels(root):
@@ -83,17 +84,12 @@ def kill(process):
         pass
 
 
-def workers(running):
-    return [child for child in psutil.Process(running.pid).children() if "serve()" in " ".join(child.cmdline())]
-
-
 def disturb(running, root, kinds, dice):
-    "Kill kernels, workers and the study itself at random times, until it ended or nothing is left to be killed."
+    "Kill kernels and the study itself at random times, until it ended or nothing is left to be killed."
     while kinds and running.poll() is None:
         time.sleep(dice.uniform(0.2, 1.5))
         try:
-            victims = {"kernel": kernels(root), "worker": workers(running),
-                       "study": [psutil.Process(running.pid)]}[kinds[-1]]
+            victims = {"kernel": kernels(root), "study": [psutil.Process(running.pid)]}[kinds[-1]]
         except psutil.Error:
             continue
         if victims:
@@ -112,11 +108,11 @@ def undisturbed(seed):
 
 
 def test_forty_runs_survive_whatever_is_killed(tmp_path):
-    "SIGKILL of kernels, workers and the study, a template that raises and one that hangs, in one study."
+    "SIGKILL of kernels and of the study, a template that raises and one that hangs, in one study."
     relief, root = tmp_path / "relief", tmp_path / "reports"
     path = write_study(tmp_path, range(RUNS), STUMBLE.replace("RELIEF", repr(str(relief))))
     environment = {"EXECUTIONS": str(tmp_path / "executions")}
-    dice, kinds = random.Random(0), ["study", "kernel", "worker", "kernel", "study", "worker"]
+    dice, kinds = random.Random(0), ["study", "kernel", "kernel", "study", "kernel", "study", "kernel"]
     while kinds:
         code = disturb(call(path, root, environment, retries=1, pause=0.1, time_limit=20), root, kinds, dice)
     if code == 0:
@@ -166,6 +162,16 @@ def test_two_studies_at_once_run_every_run_once(tmp_path):
     assert [running.wait() for running in both] == [0, 0]
     executed = (tmp_path / "executions").read_text().split()
     assert sorted(executed) == sorted(results(tmp_path / "reports")) and len(executed) == 8
+
+
+def test_an_interrupted_study_leaves_the_runs_of_another_alone(tmp_path):
+    path, environment = write_study(tmp_path, range(10)), {"EXECUTIONS": str(tmp_path / "executions")}
+    one, other = [call(path, tmp_path / "reports", environment, retries=0) for _ in range(2)]
+    while len(results(tmp_path / "reports")) < 2 and one.poll() is None:
+        time.sleep(0.05)
+    one.send_signal(signal.SIGINT)
+    assert one.wait(60) not in (0, None) and other.wait() == 0, "with no retries, as no kernel of it was ended"
+    assert len(results(tmp_path / "reports")) == 10 and gone(tmp_path / "reports")
 
 
 def test_an_interrupt_ends_cleanly_and_the_next_call_goes_on_from_the_checkpoint(tmp_path):

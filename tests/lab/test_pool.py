@@ -11,12 +11,11 @@ from templates import write_counting, write_template
 
 import s3pet_nb.lab.pool
 from s3pet_nb.core import UnknownName
-from s3pet_nb.lab.lock import Claim, claim
-from s3pet_nb.lab.pool import (STATUS, Estimate, Job, Local, Progress, Rules, attempt, cores, finished,
+from s3pet_nb.lab.live import StudyMonitor
+from s3pet_nb.lab.pool import (STATUS, Estimate, Job, Local, Rules, StudyState, carry_out, cores, finished,
                                gpu_use, gpus, plan, recorded, run_study, slot_environments)
-from s3pet_nb.lab.run import RUN_MARK
+from s3pet_nb.lab.run import RUN_MARK, Launch, claim
 from s3pet_nb.lab.study import Faults, Question, checked
-from s3pet_nb.lab.watch import StudyMonitor
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +184,7 @@ def test_a_template_that_changes_while_its_study_runs_fails_and_answers_nothing_
 
     def answer(task):
         write_counting(tmp_path / "count.ipynb", "'another template'")
-        return attempt(task)
+        return carry_out(task, Launch())
 
     ended = run_study(asked, tmp_path, Scripted(answer), Rules(retries=0))
     assert [job.state for job in ended.jobs] == ["failed"] * 2 and not executions.read_text()
@@ -204,15 +203,15 @@ def test_force_holds_until_a_run_was_begun_anew(tmp_path):
 
 
 def test_a_kernel_that_another_owner_has_by_now_is_left_alone(tmp_path):
-    "A worker that died before it owned its run must not cost the one who does own it."
+    "A node that died before it owned its run must not cost the one who does own it."
     asked = counted(tmp_path, [0])
     (job,) = plan(asked, tmp_path)
-    answers = iter([RuntimeError("the worker died"), {"done": True, "note": ""}])
+    answers = iter([RuntimeError("the node died"), {"done": True, "note": ""}])
     kernel = subprocess.Popen(["sleep", "600"], env=os.environ | {RUN_MARK: str(job.folder.resolve())})
     with claim(job.folder):
         run_study(asked, tmp_path, Scripted(lambda task: next(answers)), Rules(pause=0.01))
         assert kernel.poll() is None
-    answers = iter([RuntimeError("the worker died"), {"done": True, "note": ""}])
+    answers = iter([RuntimeError("the node died"), {"done": True, "note": ""}])
     run_study(asked, tmp_path, Scripted(lambda task: next(answers)), Rules(pause=0.01))
     assert kernel.poll() is not None
 
@@ -228,8 +227,8 @@ def test_what_nvidia_smi_does_not_tell_is_left_out(tmp_path, monkeypatch, script
     assert gpu_use() == found
 
 
-def test_what_dies_with_its_worker_is_tried_again(tmp_path):
-    answers = iter([RuntimeError("the worker died"), {"done": True, "note": ""}])
+def test_what_dies_with_its_node_is_tried_again(tmp_path):
+    answers = iter([RuntimeError("the node died"), {"done": True, "note": ""}])
     ended = run_study(counted(tmp_path, [0]), tmp_path, Scripted(lambda task: next(answers)), Rules(pause=0.01))
     assert ended.jobs[0].state == "done" and ended.jobs[0].attempts == 2
 
@@ -250,11 +249,9 @@ def test_a_run_that_is_run_elsewhere_is_asked_for_again_without_an_attempt(tmp_p
     assert ended.jobs[0].state == "done" and ended.jobs[0].attempts == 1 and 1 in seen
 
 
-def test_a_worker_says_who_runs_a_run(tmp_path):
+def test_a_slot_says_who_runs_a_run(tmp_path):
     asked = counted(tmp_path, [0])
-    held = Claim(plan(asked, tmp_path)[0].folder)
-    held.take()
-    with Local(1) as backend:
+    with claim(plan(asked, tmp_path)[0].folder), Local(1) as backend:
         task = task_of(plan(asked, tmp_path)[0], tmp_path)
         assert f"process {os.getpid()} on" in backend.submit(task).result()["busy"]
 
@@ -273,10 +270,10 @@ def test_the_step_of_a_running_run_is_read_from_its_log(tmp_path):
     jobs = plan(asked, tmp_path)
     jobs[0].folder.mkdir(parents=True)
     jobs[0].state = "running"
-    progress = Progress(asked, jobs, 1)
-    assert "step" not in progress.told(jobs[0])
+    state = StudyState(asked, jobs, 1)
+    assert "step" not in state.job_status(jobs[0])
     (jobs[0].folder / "log.jsonl").write_text('{"event": "step", "phase": "search", "step": 3, "steps": 9}\n{"eve')
-    assert progress.told(jobs[0])["step"] == 3 and progress.told(jobs[0])["phase"] == "search"
+    assert state.job_status(jobs[0])["step"] == 3 and state.job_status(jobs[0])["phase"] == "search"
 
 
 def test_what_is_left_is_estimated_by_method_and_slots(tmp_path):
@@ -365,3 +362,38 @@ def test_a_failing_cell_has_its_page_and_its_sentence(tmp_path):
     job = ended.jobs[0]
     assert job.state == "failed" and job.cause.startswith("ValueError: lower lr <b> (see ")
     assert "lower lr &lt;b&gt;" in (job.folder / "report.html").read_text()
+
+
+def test_what_kernels_print_stays_off_the_terminal(tmp_path, capfd):
+    noisy = write_template(tmp_path / "noisy.ipynb", """\
+import os, signal, subprocess, sys
+os.write(1, b"raw\\n"), os.write(2, b"raw\\n")
+subprocess.run(["sh", "-c", "echo below; echo below >&2"])
+print("printed"), print("printed", file=sys.stderr)
+if seed == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+from s3pet_nb.lab.store import Run
+Run(run_folder).save_result({"rows": []})""")
+    asked = checked("noisy", {"template": str(noisy), "seeds": [0, 1]})
+    ended = run_study(asked, tmp_path, Local(2), Rules(retries=0))
+    assert [job.state for job in ended.jobs] == ["done", "failed"] and "kernel died" in ended.jobs[1].cause
+    assert capfd.readouterr() == ("", "")
+    assert "printed" in (ended.jobs[0].folder / "run.ipynb").read_text()
+
+
+def test_each_slots_kernels_have_its_threads_and_its_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    where = write_template(tmp_path / "where.ipynb", """\
+import os, time
+from s3pet_nb.lab.store import Run
+others, mine = os.path.dirname(run_folder), os.path.join(run_folder, "here")
+open(mine, "w").close()
+while sum(os.path.exists(os.path.join(others, name, "here")) for name in os.listdir(others)) < 2:
+    time.sleep(0.1)
+Run(run_folder).save_result({name: os.environ[name] for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")})""")
+    asked = checked("where", {"template": str(where), "seeds": [0, 1]})
+    ended = run_study(asked, tmp_path, Local(), Rules(retries=0, time_limit=120))
+    results = [json.loads((job.folder / "result.json").read_text()) for job in ended.jobs]
+    assert {result["OMP_NUM_THREADS"] for result in results} == {"4"}
+    assert {result["CUDA_VISIBLE_DEVICES"] for result in results} == {"3", "5"}

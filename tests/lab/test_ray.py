@@ -1,24 +1,20 @@
 "Studies on a Ray cluster: two nodes on this machine, of which one dies, and storage that is not shared."
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
 
 import s3pet_nb.lab.ray
-from s3pet_nb.lab.lock import Claim
 from s3pet_nb.lab.pool import Local, Rules, finished, plan, run_study
-from s3pet_nb.lab.ray import Ray, execute_task, files_of, packed, put, room
-from s3pet_nb.lab.run import RUN_MARK
+from s3pet_nb.lab.ray import Ray, execute_task, packed, room
+from s3pet_nb.lab.run import RUN_MARK, Busy, claim
 from s3pet_nb.lab.study import Question, checked
 
 PARAMETERS = 'run_folder = ""\nseed = 0\nseconds = 0.0\ntrace = ""\nbroken = False'
@@ -108,11 +104,11 @@ def begun(tmp_path) -> list[list[str]]:
 
 
 def kernels(tmp_path) -> list[psutil.Process]:
-    "Kernels of runs below this folder, or of a node's own folder for them."
-    homes, found = (str(tmp_path), str(Path(tempfile.gettempdir()) / "s3pet-")), []
+    "Kernels of runs below this folder."
+    found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(RUN_MARK, "").startswith(homes):
+            if process.environ().get(RUN_MARK, "").startswith(str(tmp_path)):
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -147,45 +143,21 @@ def test_a_task_travels_with_what_another_machine_cannot_know(task, tmp_path, mo
     assert relative["params"] == task["params"]
     assert relative["id"] == Question(task["template"], task["params"]).id
     shipped = packed(task | {"template": "search", "params": {}}, "probe")
-    assert shipped["template"] == "search" and shipped["notebook"] is None
-    json.dumps({name: value for name, value in relative.items() if name != "notebook"})
+    assert shipped["template"] == "search"
+    assert json.loads(json.dumps(relative)) == relative
 
 
-def test_a_done_run_replaces_what_is_here(tmp_path):
-    for name in "checkpoints/search.safetensors", "running.ipynb", "error.json":
-        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "run" / name).write_text("old")
-    put(tmp_path / "run", {"result.json": b"{}", "log.jsonl": b"", "sub/more.csv": b"1"})
-    assert files_of(tmp_path / "run") == {"result.json": b"{}", "log.jsonl": b"", "sub/more.csv": b"1"}
-
-
-def test_a_failed_run_leaves_checkpoints_and_their_log(tmp_path):
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run" / "log.jsonl").write_text("mine")
-    put(tmp_path / "run", {"error.json": b"{}", "log.jsonl": b"theirs", "run.ipynb": b""})
-    assert files_of(tmp_path / "run") == {"error.json": b"{}", "log.jsonl": b"mine", "run.ipynb": b""}
-    assert (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_the_result_is_written_last(tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(s3pet_nb.lab.ray, "write_bytes", lambda path, content: written.append(path.name))
-    put(tmp_path / "run", {"result.json": b"{}", "zeta.csv": b"", "log.jsonl": b""})
-    assert written == ["log.jsonl", "zeta.csv", "result.json"]
-
-
-def test_a_node_without_the_template_gets_it_and_one_with_another_refuses(task, tmp_path, monkeypatch):
+def test_a_node_without_the_template_or_with_another_one_refuses(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES":  # which a task sets
-        monkeypatch.setenv(name, "")
     (tmp_path / "probe").touch()
     travels = packed(task, tmp_path / "probe")
-    shutil.copy(tmp_path / "small.ipynb", tmp_path / "kept")
-    (tmp_path / "small.ipynb").unlink()
     assert execute_task(travels)["done"] and results(tmp_path) == {3: 9}
-    shutil.rmtree(Path(tempfile.gettempdir()) / travels["scratch"])
-    (tmp_path / "small.ipynb").write_text((tmp_path / "kept").read_text().replace("seed ** 2", "seed ** 3"))
+    text = (tmp_path / "small.ipynb").read_text()
+    (tmp_path / "small.ipynb").write_text(text.replace("seed ** 2", "seed ** 3"))
     assert "has not the rows, structures and templates" in execute_task(travels)["failed"]
+    (tmp_path / "small.ipynb").unlink()
+    assert "has not the rows, structures and templates" in execute_task(travels)["failed"]
+    assert len(begun(tmp_path)) == 1 and results(tmp_path) == {3: 9}
 
 
 @pytest.mark.parametrize("given", [{"cpus": 0}, {"cpus": -1}, {"gpus": -1}])
@@ -255,29 +227,30 @@ def test_killed_kernels_and_workers_lose_nothing(asked, cluster, tmp_path):
     assert gone(kernels(tmp_path))
 
 
-def test_without_shared_storage_the_files_come_back(asked, task, cluster, tmp_path, monkeypatch):
+def test_without_shared_storage_a_run_is_refused_and_leaves_nothing(asked, cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(s3pet_nb.lab.ray, "packed", lambda task, probe, *more: packed(task, "nowhere", *more))
-    owners = set()
+    ended = run_study(asked([0, 1]), tmp_path, Ray(cluster.address), Rules(retries=0))
+    assert [job.state for job in ended.jobs] == ["failed"] * 2
+    assert all(f"does not see the folder of results {tmp_path}; put it on" in job.cause for job in ended.jobs)
+    assert not begun(tmp_path) and not any(job.folder.exists() for job in ended.jobs)
+
+
+def test_a_node_holds_the_lock_of_the_run_that_it_executes(asked, cluster, tmp_path):
+    owners = {}
 
     def look(status):
         for job in status["jobs"]:
-            if job["state"] == "running" and (found := Claim(tmp_path / "tried" / job["id"]).held()):
-                owners.add(found["pid"])
+            if job["state"] == "running":
+                try:
+                    with claim(tmp_path / "tried" / job["id"]):
+                        pass  # no node has begun it yet
+                except Busy as busy:
+                    owners[job["id"]] = str(busy)
 
-    study = asked([0, 1, 2], seconds=3.0)
-    ended = run_study(study, tmp_path, Ray(cluster.address), QUICK, watch=look)
-    assert [job.state for job in ended.jobs] == ["done"] * 3 and owners == {os.getpid()}
-    assert results(tmp_path) == {0: 0, 1: 1, 2: 4} and len(begun(tmp_path)) == 3
-    whole = {"log.jsonl", "params.json", "report.html", "result.json", "run.ipynb"}
-    for job in ended.jobs:
-        assert set(files_of(job.folder)) == whole and not (job.folder / "checkpoints").exists()
-    failing = run_study(asked([0], broken=True), tmp_path, Ray(cluster.address), Rules(retries=0)).jobs[0]
-    assert failing.state == "failed" and f"(see {failing.folder}" in failing.cause
-    assert {"error.json", "run.ipynb"} < set(files_of(failing.folder)) and not kernels(tmp_path)
-    there = Path(tempfile.gettempdir()) / packed(task, "nowhere")["scratch"]
-    assert [file.parts[-3:] for file in there.rglob("*.safetensors")] == [
-        (failing.id, "checkpoints", "search.safetensors")], "for the next attempt"
-    shutil.rmtree(there)
+    ended = run_study(asked([0, 1], seconds=4.0), tmp_path, Ray(cluster.address), QUICK, watch=look)
+    assert [job.state for job in ended.jobs] == ["done"] * 2 and owners.keys() == {job.id for job in ended.jobs}
+    assert not any(f"by process {os.getpid()} on" in said for said in owners.values())
+    assert all("by process " in said for said in owners.values())
 
 
 def test_gpus_are_resources_and_a_run_sees_its_own(asked, cluster, tmp_path):

@@ -1,7 +1,12 @@
-"One run: its account, its failures, and how it goes on."
+"One run: its account, its failures, how it goes on, and that it has one owner at a time."
 import json
 import os
+import re
+import signal
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import nbformat
@@ -9,7 +14,10 @@ import pytest
 from templates import PARAMETERS, RESULT, STORE, write_template
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.lab.run import RunFailed, execute, kernel_environment
+from s3pet_nb.core import machine
+from s3pet_nb.lab import run as module
+from s3pet_nb.lab.run import RUN_MARK, Busy, Launch, RunFailed, answer, claim, execute, kernel_environment, kernels_of
+from s3pet_nb.lab.study import Question
 
 
 @pytest.fixture
@@ -202,3 +210,205 @@ def test_a_run_that_was_killed_after_its_result_starts_again(tmp_path, measure):
     again = execute(measure, {}, tmp_path / "reports", "late")
     assert again.folder == run.folder and "stale" not in again.result
     assert (again.folder / "run.ipynb").exists() and not (again.folder / "running.ipynb").exists()
+
+
+HOLD = """\
+import sys, time
+from s3pet_nb.lab.run import claim
+with claim(sys.argv[1]):
+    print("mine", flush=True)
+    time.sleep(600)"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    "A process that holds the run study/run."
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "study" / "run")],
+                               stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "mine\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def take(folder):
+    with claim(folder):
+        pass
+
+
+def test_a_living_owner_is_named_and_left_alone(tmp_path, holder):
+    host = re.escape(machine().partition(" ")[0])
+    with pytest.raises(Busy, match=rf"^run study/run is being run by process {holder.pid} on {host} since "
+                                   r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC; wait for it, or stop that process$"):
+        take(tmp_path / "study" / "run")
+    os.kill(holder.pid, 0)
+    take(tmp_path / "study" / "another run")
+
+
+def test_a_killed_owner_is_followed_at_once_and_known_to_its_follower(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    with claim(tmp_path / "study" / "run") as dead:
+        assert f"process {holder.pid} on" in dead["who"] and dead["machine"] == machine()
+    with claim(tmp_path / "study" / "run") as dead:
+        assert dead == {}, "an owner that gave the run back is not a dead one"
+
+
+def test_a_stopped_owner_is_no_dead_one(tmp_path, holder):
+    "However long it is silent: it may go on, and write."
+    holder.send_signal(signal.SIGSTOP)
+    with pytest.raises(Busy):
+        take(tmp_path / "study" / "run")
+
+
+def test_what_an_owner_left_that_was_killed_while_it_took_a_run_is_removed(tmp_path):
+    locks = tmp_path / "study" / ".locks"
+    locks.mkdir(parents=True)
+    torn = subprocess.run([sys.executable, "-c", """\
+import os, signal, sys
+from pathlib import Path
+from s3pet_nb.core import writing
+with writing(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)""", str(locks / "run.json")])
+    assert torn.returncode < 0 and len(list(locks.glob(".*.tmp"))) == 1
+    take(tmp_path / "study" / "run")
+    assert not list(locks.glob(".*.tmp"))
+
+
+def test_of_many_that_want_a_dead_owners_run_one_gets_it(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    owners, refused, start, over = [], [], threading.Barrier(8), threading.Event()
+
+    def want(k):
+        start.wait()
+        try:
+            with claim(tmp_path / "study" / "run"):
+                owners.append(k)
+                over.wait(30)
+        except Busy:
+            refused.append(k)
+        if len(refused) == 7:
+            over.set()
+
+    threads = [threading.Thread(target=want, args=[k]) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(owners) == 1 and len(refused) == 7
+
+
+def test_a_lock_leaves_nothing_in_the_runs_folder(tmp_path):
+    with claim(tmp_path / "study" / "run"):
+        assert not (tmp_path / "study" / "run").exists()
+    assert [path.name for path in (tmp_path / "study").iterdir()] == [".locks"]
+    assert [path.name for path in (tmp_path / "study" / ".locks").iterdir()] == ["run.lock"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"pid": 1}', '{"who": "process 1', "\0\0"])
+def test_an_owner_that_cannot_be_read_is_still_one_and_no_hindrance_once_dead(tmp_path, text):
+    note = tmp_path / "study" / ".locks" / "run.json"
+    with claim(tmp_path / "study" / "run"):
+        note.write_text(text)
+        with pytest.raises(Busy, match="^run study/run is being run by another process; wait"):
+            take(tmp_path / "study" / "run")
+        note.write_text(text)
+    note.write_text(text)
+    take(tmp_path / "study" / "run")
+    assert not note.exists()
+
+
+def test_kernels_that_a_dead_owner_left_are_ended_before_the_run_begins_anew(tmp_path, measure):
+    question = Question.of(measure, {})
+    folder = tmp_path / "reports" / "s" / question.id
+    kernel = subprocess.Popen(["sleep", "600"], env=os.environ | {RUN_MARK: str(folder)})
+    other = subprocess.Popen(["sleep", "600"], env=os.environ | {RUN_MARK: str(folder) + "0"})
+    with claim(folder):
+        with pytest.raises(Busy):
+            answer(question, tmp_path / "reports", "s", Launch())
+        assert kernel.poll() is None, "it may be the owner's"
+    assert answer(question, tmp_path / "reports", "s", Launch()).done
+    assert kernel.poll() is not None and other.poll() is None
+    other.kill()
+    other.wait()
+
+
+@pytest.mark.parametrize("host, waits", [("elsewhere", [7.0]), (machine(), [])])
+def test_a_kernel_on_another_machine_gets_time_to_end_itself(tmp_path, measure, monkeypatch, host, waits):
+    question, asked = Question.of(measure, {}), []
+    execute(measure, {}, tmp_path / "reports", "s")
+    monkeypatch.setattr(module, "GRACE", 7.0)
+    monkeypatch.setattr(module.time, "sleep", asked.append)
+    note = tmp_path / "reports" / "s" / ".locks" / f"{question.id}.json"
+    note.write_text(json.dumps({"machine": host, "who": "process 1 on elsewhere since 2026-01-01 00:00:00 UTC"}))
+    answer(question, tmp_path / "reports", "s", Launch())
+    assert asked == waits
+
+
+SLOW = """\
+import time
+from pathlib import Path
+Path(run_folder, "began").touch()
+time.sleep(600)"""
+
+
+def began(folder):
+    for _ in range(600):
+        if (folder / "began").exists():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_run_that_is_stopped_on_purpose_has_not_failed(tmp_path):
+    question, launch = Question.of(write_template(tmp_path / "slow.ipynb", SLOW), {}), Launch()
+    folder, outcome = tmp_path / "reports" / "s" / question.id, []
+
+    def go():
+        try:
+            answer(question, tmp_path / "reports", "s", launch)
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=go)
+    thread.start()
+    assert began(folder) and kernels_of(folder)
+    launch.stop.set()
+    thread.join(30)
+    assert not thread.is_alive() and not kernels_of(folder) and not isinstance(outcome[0], RunFailed)
+    assert sorted(path.name for path in folder.iterdir()) == ["began", "params.json", "run.ipynb"]
+    take(folder)
+
+
+def test_what_is_over_its_time_says_so_and_a_kernel_gets_its_slots_environment(tmp_path):
+    late = write_template(tmp_path / "late.ipynb", "import os\nprint(os.environ['SLOT'])", SLOW)
+    launch = Launch({"SLOT": "the second"}, time_limit=4)
+    with pytest.raises(RunFailed, match="^it ran for more than its limit of 4 s ") as failed:
+        answer(Question.of(late, {}), tmp_path / "reports", "s", launch)
+    folder = failed.value.run.folder
+    assert json.loads((folder / "error.json").read_text()) == {"error": "it ran for more than its limit of 4 s"}
+    assert "the second" in (folder / "run.ipynb").read_text() and not kernels_of(folder)
+
+
+@pytest.mark.parametrize("moment", ["as its kernel starts", "while its cells run"])
+def test_a_kernel_ends_when_its_process_is_killed(tmp_path, moment):
+    template = write_template(tmp_path / "slow.ipynb", SLOW)
+    folder = tmp_path / "reports" / "s" / Question.of(template, {}).id
+    runner = subprocess.Popen([sys.executable, "-c", f"""\
+from s3pet_nb.lab.run import execute
+execute({str(template)!r}, {{}}, {str(tmp_path / "reports")!r}, "s")"""])
+    if moment == "while its cells run":
+        assert began(folder)
+    for _ in range(6000):
+        if kernels_of(folder):
+            break
+        time.sleep(0.01)
+    runner.kill()
+    runner.wait()
+    for _ in range(300):
+        if not kernels_of(folder):
+            break
+        time.sleep(0.1)
+    assert not kernels_of(folder)
+    take(folder)

@@ -18,10 +18,10 @@ What this module does not do: it computes nothing, and holds neither defaults no
 
 # %% auto #0
 __all__ = ['app', 'Out', 'Task', 'Backbone', 'Budget', 'Seed', 'DataDir', 'RetrainSteps', 'Settings', 'REPORTS', 'ALONE',
-           'HEAD_OF', 'say', 'one_sentence', 'assignments', 'plain_table', 'show', 'number_text', 'closing_table',
-           'plan_table', 'plan_text', 'whole_path', 'run_one', 'demo', 'search', 'prune', 'backend_named', 'watching',
-           'close_study', 'study_with', 'study', 'run_jobs', 'tasks', 'lab', 'export', 'write_trained', 'transfer',
-           'fate_table', 'rebuild', 'main']
+           'HEAD_OF', 'say', 'one_sentence', 'read_as', 'assignments', 'plain_table', 'show', 'number_text',
+           'closing_table', 'plan_table', 'plan_text', 'whole_path', 'run_one', 'demo', 'search', 'prune',
+           'backend_named', 'watching', 'close_study', 'study_with', 'study', 'run_jobs', 'tasks', 'lab', 'export',
+           'write_trained', 'transfer', 'fate_table', 'rebuild', 'main']
 
 # %% ../nbs/cli.ipynb #cli-003
 import ast
@@ -55,7 +55,7 @@ def say(
     "Print a line that rich neither wraps nor interprets."
     Console(stderr=stderr, soft_wrap=True, force_jupyter=False).print(Text(message, style=style))
 
-
+# %% ../nbs/cli.ipynb #cli-sentence
 @contextmanager
 def one_sentence() -> Iterator[None]:
     "Turn an error of the input or of a run into a red sentence and exit code 1, an interrupt into 130."
@@ -70,6 +70,20 @@ def one_sentence() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 # %% ../nbs/cli.ipynb #cli-009
+def read_as(default: object, text: str) -> object:
+    "`text` as the value of a parameter with this default, if it can be read so."
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, list) and not isinstance(value, list):
+        kind = type(default[0]) if default else str
+        return [item if kind is str else read_as(None, item) for item in text.split(",")] if text else []
+    return value
+
+# %% ../nbs/cli.ipynb #cli-assignments
 def assignments(
     words: list[str],  # each "name=value"
     defaults: Mapping,  # of the template; an unknown name is left to `resolve`
@@ -80,22 +94,8 @@ def assignments(
         name, equals, text = word.partition("=")
         if not equals:
             raise ValueError(f"--set {word!r} has no value; write --set name=value")
-        values[name] = _read_as(defaults.get(name), text)
+        values[name] = read_as(defaults.get(name), text)
     return values
-
-
-def _read_as(default: object, text: str) -> object:
-    "`text` as the value of a parameter with this default, if it can be read so."
-    if isinstance(default, str):
-        return text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(default, list) and not isinstance(value, list):
-        kind = type(default[0]) if default else str
-        return [item if kind is str else _read_as(None, item) for item in text.split(",")] if text else []
-    return value
 
 # %% ../nbs/cli.ipynb #cli-026
 def plain_table(
@@ -110,7 +110,7 @@ def plain_table(
         table.add_row(*map(Text, row))
     return table
 
-
+# %% ../nbs/cli.ipynb #cli-show
 def show(table: Table) -> None:
     "Print a table on stdout."
     Console(force_jupyter=False).print(table)
@@ -153,7 +153,7 @@ def plan_table(
         table.columns[column].min_width = least
     return table
 
-
+# %% ../nbs/cli.ipynb #cli-plan-text
 def plan_text(
     jobs: list["Job"],  # of `pool.plan`
     study: "Study",

@@ -40,7 +40,7 @@ def check_least(
         if number < least:
             raise ValueError(f"{name} is {number}; give {f'at least {least}' if least else '0 or more'}")
 
-
+# %% ../../nbs/lab/17_checks.ipynb #checks-name
 def check_name(
     kind: str,  # what is named, in the singular
     name: str,
@@ -87,7 +87,7 @@ def read_structure(
         raise FileNotFoundError(f"no structure file {file!r}; give the path of a structure.json")
     return Structure.load(file)
 
-
+# %% ../../nbs/lab/17_checks.ipynb #checks-compared
 def check_compared(
     model: "transformers.PreTrainedModel",  # the blueprint is enough
     B: int,  # the budget

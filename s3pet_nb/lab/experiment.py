@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     whole: Splits
     used: Splits
 
-
+# %% ../../nbs/lab/16_experiment.ipynb #experiment-read
 def read_rows(
     name: str,  # of `TASKS`, or what else `find_task` takes
     rules: Protocol,

@@ -123,7 +123,7 @@ def _default(name: str, value: ast.expr, of: str) -> object:
         raise ValueError(f"the default of {name!r} in {of} is {ast.unparse(value)!r}; "
                          "write a number, text, None, True, False or a list of these") from None
 
-
+# %% ../../nbs/lab/02_study.ipynb #study-defaults-read
 def parameters(
     name_or_path: str | os.PathLike,  # a template
 ) -> dict:  # name -> default
@@ -158,7 +158,7 @@ def _typed(name: str, value: object, default: object) -> object:
                          f"give {type(default).__name__}, like the default {default!r}{hint}")
     return value
 
-
+# %% ../../nbs/lab/02_study.ipynb #study-resolve
 def resolve(
     name_or_path: str | os.PathLike,  # a template
     given: Mapping,  # name -> value, differences only
@@ -312,7 +312,7 @@ def points(self: Study) -> list[tuple[str, str, dict]]:
 def __len__(self: Study) -> int:
     return len(self.points())
 
-
+# %% ../../nbs/lab/02_study.ipynb #study-questions
 @patch
 def questions(self: Study) -> list[Question]:
     "Every run, in order; a study file was checked when it was read."
@@ -368,7 +368,7 @@ def _sound(content: Mapping, known: Mapping, of: str, faults: list[str]) -> dict
             faults.append(f"{key} of {of} is {value!r}; give {WORDS[known[key]]}")
     return {key: value for key, value in content.items() if isinstance(value, known.get(key, ()))}
 
-
+# %% ../../nbs/lab/02_study.ipynb #study-sound-methods
 def _sound_methods(methods: Mapping, faults: list[str]) -> dict:
     for name, changes in methods.items():
         if not isinstance(changes, dict):
@@ -391,7 +391,7 @@ def _baselines(study: Study) -> set[str]:
         lists += [part["params"].get("baselines"), *(tried if isinstance(tried, list) else [])]
     return {name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)}
 
-
+# %% ../../nbs/lab/02_study.ipynb #study-words
 def _word_faults(study: Study) -> Iterator[str]:
     "What is wrong with what the page is to show."
     for kind, name, known in [("statistic", study.statistic, STATISTICS),
@@ -423,16 +423,15 @@ def _part_faults(part: Mapping, seeds: list) -> list[str]:
     return faults
 
 
-def _value_faults(study: Study) -> Iterator[str]:
-    "What is wrong with the values of a study of the right shape."
-    yield from _word_faults(study)
+def _method_faults(study: Study) -> Iterator[str]:
+    "What is wrong with the study's own grid, and with each of its methods."
     own = _part_faults(study.own(), study.seeds)
     yield from (fault for name, values in study.grid.items() for fault in refusal(expand, {name: values}))
     for name, part in study.parts():
         for fault in _part_faults(part, study.seeds):
             yield fault if not name or fault in own else f"method {name!r}: {fault}"
 
-
+# %% ../../nbs/lab/02_study.ipynb #study-assembled
 def checked(
     name: str,
     content: object,  # as a study file has it
@@ -448,11 +447,11 @@ def checked(
         raise Faults(name, [*faults, "it names no template; write 'template: search', "
                                      "differences under 'params:'"])
     study = Study(name, **sound)
-    if faults := [*faults, *_value_faults(study)]:
+    if faults := [*faults, *_word_faults(study), *_method_faults(study)]:
         raise Faults(name, faults)
     return study
 
-# %% ../../nbs/lab/02_study.ipynb #study-changed
+# %% ../../nbs/lab/02_study.ipynb #study-change
 @patch
 def changed(
     self: Study,
@@ -463,12 +462,12 @@ def changed(
     study = checked(self.name, content | {"params": self.params | given})
     return replace(study, source=self.source, given=self.given | given)
 
-
+# %% ../../nbs/lab/02_study.ipynb #study-changed
 def check_questions(
     name: str,  # of the study, for the message
     questions: Iterable[Question],
 ) -> None:
-    "`Faults` with everything that the templates' checks refuse; seeds change nothing that is checked."
+    "`Faults` with everything that the templates' checks refuse."
     distinct = {repr((question.template, question.params | {"seed": 0})): question for question in questions}
     faults = [f"{question.method}: {fault}" if question.method else fault
               for question in distinct.values() for fault in refusal(check, question.template, question.params)]
@@ -488,7 +487,7 @@ class _Once(yaml.SafeLoader):
                                                         problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
-
+# %% ../../nbs/lab/02_study.ipynb #study-load
 def _load(path: Path) -> object:
     "What a study file says."
     try:
@@ -511,7 +510,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> object:
         raise Faults(path.stem, [f"base {base!r} comes back to itself; a study cannot be its own base"])
     return merged(_read(below, (*above, path)), content)
 
-
+# %% ../../nbs/lab/02_study.ipynb #study-study
 def study(
     name_or_path: str | os.PathLike,  # the name of one that is shipped, or the path of a .yml file
 ) -> Study:

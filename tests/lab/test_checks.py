@@ -79,8 +79,6 @@ def test_names_and_folders_are_checked_before_a_kernel_starts(wrong, sentence):
     {"baselines": [], "n_random": 0},
     {"targets": ["agreement"]},
     {"protocol": "lawton", "alphas": "last", "lr": 0.0, "evaluate_every": 0},
-    {"targets": ["agreement"]},
-    {"protocol": "lawton", "alphas": "last", "lr": 0.0, "evaluate_every": 0},
 ])
 def test_what_can_run_is_let_through(fine):
     check("search", {**FINE, **fine})

@@ -185,7 +185,7 @@ REPORTS = Path("reports")
 # %% ../nbs/cli.ipynb #cli-given
 def whole_path(task: str) -> str:
     "The name of a task as it is, a file or folder of rows with its whole path."
-    if not task or not Path(task).exists():
+    if not Path(task).exists():
         return task
     from s3pet_nb.data.task import TASKS
 
@@ -196,7 +196,7 @@ def run_one(
     study_name: str,
     out: Path,
     settings: list[str],
-    task: str = "",
+    task: str | None = None,
     data_dir: Path | None = None,
     **options: object,  # by the name of the parameter; None if it was not given
 ) -> None:
@@ -205,7 +205,7 @@ def run_one(
 
     with one_sentence():
         start = study(study_name)
-        options |= {"data_dir": data_dir and str(data_dir.absolute()), "task": whole_path(task) or None}
+        options |= {"data_dir": data_dir and str(data_dir.absolute()), "task": task and whole_path(task)}
         given = {name: value for name, value in options.items() if value is not None}
         params = start.params | given | assignments(settings, parameters(start.template))
         check(start.template, resolve(start.template, params))

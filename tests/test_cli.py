@@ -88,6 +88,7 @@ def test_an_interrupt_says_that_the_run_can_go_on(capsys):
 
 @pytest.mark.parametrize("words, sentence", [
     (["search", "--task", "agrement"], "unknown task 'agrement'; did you mean 'agreement'?"),
+    (["search", "--task", ""], "unknown task ''"),
     (["search", "--task", "agreement", "--space", "mixx"], "unknown search space 'mixx'"),
     (["prune", "--task", "agreement", "--criterion", "magnitud"], "did you mean 'magnitude'"),
     (["prune", "--task", "agreement", "--set", "rouns=2"], "did you mean 'rounds'"),

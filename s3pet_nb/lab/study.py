@@ -417,7 +417,7 @@ def _part_faults(part: Mapping, seeds: list) -> list[str]:
     if seeds and "seed" in part["grid"] | part["params"]:
         faults.append("seed is given beside seeds; keep one of them")
     tried = {name: [value] for name, value in part["params"].items()} | part["grid"]
-    for name, values in (tried | ({"seed": list(dict.fromkeys(seeds))} if seeds else {})).items():
+    for name, values in (tried | ({"seed": seeds} if seeds else {})).items():
         faults += refusal(expand, {name: values}) or [
             fault for value in values for fault in refusal(resolve, part["template"], {name: value})]
     return faults

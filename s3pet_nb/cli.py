@@ -5,9 +5,9 @@ The commands are thin: a study with options laid over it, executed by `run.execu
 What a command starts from is in `nbs/studies/`: `demo.yml` for `s3pet demo`, `search.yml` for `s3pet
 search`, `prune.yml` for `s3pet prune`. An option is a parameter of the template under its own name, `--set
 name=value` reaches every other one, and the template's own checks refuse what cannot run before a kernel
-starts. Whatever is wrong with the input is one red sentence on stderr and exit code 1; 2 is for a command that
-cannot be read. A run that was interrupted or killed goes on from its last checkpoint when the same command is
-given again.
+starts. Whatever is wrong with the input is one red sentence on stderr and exit code 1; 2 is for a command
+that cannot be read. A run that was interrupted or killed goes on from its last checkpoint when the same
+command is given again.
 
 The modules that load torch, papermill and plotly are imported inside the commands, so that `s3pet --help`
 is quick, and so is the answer to a misspelt name.
@@ -527,7 +527,8 @@ def fate_table(
 ) -> Table:
     "One row per module of a structure, and where it went."
     names = {"module": "left", "parameters": "right", "to": "left", "why": "left"}
-    return plain_table(names, [(row.name, f"{row.n:,}", row.to or "–", row.why) for row in frame.itertuples()])
+    return plain_table(names, [(row.name, number_text(row.n), row.to or "–", row.why)
+                               for row in frame.itertuples()])
 
 # %% ../nbs/cli.ipynb #cli-report
 @app.command("report")

@@ -372,7 +372,8 @@ def _sound(content: Mapping, known: Mapping, of: str, faults: list[str]) -> dict
 def _sound_methods(methods: Mapping, faults: list[str]) -> dict:
     for name, changes in methods.items():
         if not isinstance(changes, dict):
-            faults.append(f"method {name!r} is {changes!r}; give template, params or grid, or {{}} for no change")
+            faults.append(f"method {name!r} is {changes!r}; give template, params or grid, "
+                          "or {} for no change")
         if not isinstance(name, str) and str(name) in methods:
             faults.append(f"method {name!r} is there twice, as text and as a number")
     return {str(name): _sound(changes, PART, f"method {name!r}", faults)
@@ -469,8 +470,8 @@ def check_questions(
 ) -> None:
     "`Faults` with everything that the templates' checks refuse."
     distinct = {repr((question.template, question.params | {"seed": 0})): question for question in questions}
-    faults = [f"{question.method}: {fault}" if question.method else fault
-              for question in distinct.values() for fault in refusal(check, question.template, question.params)]
+    faults = [f"{question.method}: {fault}" if question.method else fault for question in distinct.values()
+              for fault in refusal(check, question.template, question.params)]
     if faults:
         raise Faults(name, faults)
 

@@ -13,9 +13,10 @@ STORE = "from s3pet_nb.lab.store import Run\n"
 RESULT = STORE + 'Run(run_folder).save_result({"task": task, "sum": share + seed})'
 
 
-def write_template(path, *cells, parameters=PARAMETERS, kernel="python3"):
-    head = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
-    notebook = nbformat.v4.new_notebook(cells=[head, *map(nbformat.v4.new_code_cell, cells)])
+def write_template(path, *cells, parameters=PARAMETERS, checks=(), kernel="python3"):
+    tagged = [nbformat.v4.new_code_cell(source, metadata={"tags": [tag]})
+              for tag, source in (("parameters", parameters), *(("checks", source) for source in checks))]
+    notebook = nbformat.v4.new_notebook(cells=[*tagged, *map(nbformat.v4.new_code_cell, cells)])
     notebook.metadata.kernelspec = {"name": kernel, "language": "python", "display_name": kernel}
     nbformat.write(notebook, path)
     return path

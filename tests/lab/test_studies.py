@@ -1,4 +1,4 @@
-"The studies that are shipped, and the template that moves structures between tasks."
+"The studies that are shipped, and a search whose structure is trained on other tasks."
 import pandas as pd
 import pytest
 
@@ -96,7 +96,7 @@ def test_all_that_a_study_names_is_there(asked, name):
             if parameter in question.params:
                 assert question.params[parameter] in registry
         assert all(base in BASELINES or base == "finetune" for base in question.params["baselines"])
-        if question.template == "transfer":
+        if question.template == "search":
             assert all(task in TASKS for task in question.params["targets"])
 
 
@@ -109,7 +109,7 @@ def test_a_small_study_is_small(asked, name):
         assert len(steps) == 2 and all(0 < value <= 400 for value in steps)
         assert 0 < params["max_length"] <= 64 and params["backbone"] == "minilm"
         assert params["checkpoint_every"] and 0 < params["n_eval"] <= 256
-        tasks = {params["task"], *(params["targets"] if question.template == "transfer" else [])}
+        tasks = {params["task"], *(params["targets"] if question.template == "search" else [])}
         assert tasks <= {"glue/cola", "glue/mrpc", "glue/rte", "glue/stsb"}
 
 
@@ -123,7 +123,7 @@ def test_a_paper_study_leaves_the_protocol_to_the_protocol(asked, name):
         assert params["backbone"] == {"lawton": "FacebookAI/roberta-large",
                                       "s3pet": "google-t5/t5-large"}[params["protocol"]]
         assert params["task"] in PROTOCOLS[params["protocol"]].search
-        if question.template == "transfer":
+        if question.template == "search":
             assert all(task in PROTOCOLS[params["protocol"]].retrain for task in params["targets"])
 
 
@@ -145,17 +145,19 @@ def test_the_runs_of_another_study_are_runs_of_that_study(asked, name):
         assert (question.template, question.params) == (there.template, there.params)
 
 
-def test_transfer_runs_as_it_is(tmp_path):
-    run = execute("transfer", {}, tmp_path, "transfer")
-    assert run.result["task"] == "agreement" and run.result["targets"] == ["agreement"]
+def test_a_search_without_targets_trains_on_its_own_task(tmp_path):
+    run = execute("search", {}, tmp_path, "search")
+    assert run.result["task"] == "agreement" and "targets" not in run.result
     assert [row["label"] for row in run.result["rows"]] == ["searched", "random-1", "lora-everywhere"]
-    assert {(row["task"], row["metric"]) for row in run.result["rows"]} == {("agreement", "accuracy")}
+    assert not any({"task", "metric"} & row.keys() for row in run.result["rows"])
+    phases = {record["phase"] for record in run.records() if record.get("event") == "step"}
+    assert phases == {"search", "searched", "random-1", "lora-everywhere"}
     gates = pd.read_csv(run.folder / "gates.csv")
     assert len(gates) == run.result["space"]["candidates"]
     assert gates.selected.sum() == run.result["rows"][0]["modules"] == len(run.structure["modules"])
 
 
-def test_transfer_gives_each_target_the_head_that_it_needs(tmp_path):
+def test_a_search_gives_each_target_the_head_that_it_needs(tmp_path):
     words = ["good", "bad", "fair", "poor", "fine", "late", "kind", "soft"]
     texts = [f"{a} {b} day {i}" for i, (a, b) in enumerate((a, b) for a in words for b in words)]
     three, number = tmp_path / "three.csv", tmp_path / "number.csv"
@@ -163,10 +165,12 @@ def test_transfer_gives_each_target_the_head_that_it_needs(tmp_path):
     pd.DataFrame({"text": texts, "label": [i % 7 / 2 for i in range(64)]}).to_csv(number, index=False)
     given = {"targets": [str(three), str(number)], "n_random": 0, "baselines": [], "search_steps": 2,
              "retrain_steps": 2}
-    run = execute("transfer", given, tmp_path, "transfer")
+    run = execute("search", given, tmp_path, "search")
     rows = run.result["rows"]
     assert run.result["metric"] == "accuracy" and [row["label"] for row in rows] == ["searched"] * 2
-    assert [row["task"] for row in rows] == ["three", "number"]
+    assert [row["task"] for row in rows] == run.result["targets"] == ["three", "number"]
+    phases = dict.fromkeys(record["phase"] for record in run.records() if record.get("event") == "step")
+    assert list(phases) == ["search", "searched on three", "searched on number"]
     assert [row["metric"] for row in rows] == ["accuracy", "pearson"]
     assert rows[0]["n_params"] == rows[1]["n_params"]
     assert rows[0]["head_params"] - rows[1]["head_params"] == 2 * 385

@@ -1,4 +1,6 @@
 "Templates, their parameters, and studies: what can be asked, and what is refused."
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -58,6 +60,35 @@ def test_what_a_template_cannot_be_asked_is_refused(measure, given, sentence):
         resolve(measure, given)
 
 
+def test_a_parameters_cell_that_is_no_python_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="line 2 of the parameters of t.ipynb is no Python"):
+        parameters(write_template(tmp_path / "t.ipynb", parameters='run_folder = ""\nseed = = 1\n'))
+
+
+def test_a_template_is_read_anew_when_it_has_changed(tmp_path):
+    path = write_template(tmp_path / "t.ipynb", parameters='run_folder = ""\nseed = 0\n')
+    assert parameters(path) == {"seed": 0}
+    write_template(path, parameters='run_folder = ""\nseed = 0\nsteps = 5\n')
+    assert parameters(path) == {"seed": 0, "steps": 5}
+
+
+@pytest.mark.parametrize("text", ['{"cells": 3}', '{"cell": []}', "[]", '{"cells": [{"cell_type": "code"}]}'])
+def test_a_file_that_is_no_notebook_is_no_template(tmp_path, text):
+    path = tmp_path / "t.ipynb"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is not a notebook; restore it"):
+        parameters(path)
+
+
+def test_studies_are_read_without_torch_papermill_or_transformers():
+    code = ("import sys\nimport s3pet_nb.core, s3pet_nb.lab.store\nbelow = set(sys.modules)\n"
+            "from s3pet_nb.lab.study import shipped, study\n"
+            "assert all(study(name).questions() for name in shipped('studies'))\n"
+            "print(sorted({'torch', 'papermill', 'transformers', 'nbformat'} & (set(sys.modules) - below)))")
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"
+
+
 def test_unknown_templates_and_studies(tmp_path):
     with pytest.raises(UnknownName, match="unknown study 'dmeo'; did you mean 'demo'"):
         study("dmeo")
@@ -107,6 +138,7 @@ def test_a_study_shows_its_questions_as_text():
     ("template: MEASURE\nseeds: [1, 1]", "seeds names one twice"),
     ("template: MEASURE\nseeds: [1]\ngrid: {seed: [2]}", "seed is given beside seeds"),
     ("template: MEASURE\nseeds: [one]", "seed is 'one'"),
+    ("template: MEASURE\nseeds: [[1]]", "seed is \\[1\\], of type list"),
     ("template: MEASURE\nparams: {seed: 1}\nparams: {seed: 2}", "'params' is there twice"),
     ("template: MEASURE\nmethods: {a: {param: {}}}", "unknown key of method 'a' 'param'"),
     ("template: MEASURE\nmethods: {a: }", "method 'a' is None; give template, params or grid"),

@@ -62,7 +62,7 @@ def scored(asked, method, budget, rng):
 
 
 def moved(asked, budget, rng):
-    "Rows as the template transfer writes them: a structure is a little better on its own task."
+    "Rows as a search with targets writes them: a structure is a little better on its own task."
     found = []
     for label in ("searched", "random-1"):
         for target in asked["targets"]:

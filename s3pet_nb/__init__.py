@@ -13,7 +13,7 @@
 - `s3pet_nb.lab.live`: A run that is watched while it goes on, and steered
 - `s3pet_nb.lab.lock`: A run has one owner at a time: a lock with a heartbeat, taken over when its owner is dead
 - `s3pet_nb.lab.log`: A log that grows: what it has said since the last look, kept small
-- `s3pet_nb.lab.page`: One page per run that draws without a network, and an index of all pages
+- `s3pet_nb.lab.page`: A page of a run, a page of a study, and an index of all: each draws without a network
 - `s3pet_nb.lab.plot`: What a run's log shows: a frame of numbers, and a figure of that frame
 - `s3pet_nb.lab.pool`: Run what a study has no result for: slots on this machine, retries, and a state that anybody can read
 - `s3pet_nb.lab.ray`: The same study on a Ray cluster: one remote task per run, results on shared storage or brought back
@@ -22,7 +22,6 @@
 - `s3pet_nb.lab.share`: A trained structure as two small files: save, load, push to the hub and bring back
 - `s3pet_nb.lab.store`: The run folder: what was asked, what happened, what was found
 - `s3pet_nb.lab.study`: What is asked: templates with parameters, and studies, which are grids of them
-- `s3pet_nb.lab.study_page`: One page per study: what was asked, what came out, how sure it is, and every run
 - `s3pet_nb.lab.track`: The numbers of a run, also in MLflow or Weights & Biases
 - `s3pet_nb.lab.watch`: How a study goes: in the terminal while it runs, and in a notebook from anywhere
 - `s3pet_nb.learn.bilevel`: The gradient of the structural parameters through one step of the modules they gate

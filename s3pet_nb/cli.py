@@ -481,10 +481,9 @@ def study(
 ) -> None:
     "Run what a study has no result for; after Ctrl-C the same command goes on."
     with one_sentence():
-        from s3pet_nb.lab.page import index
+        from s3pet_nb.lab.page import index, study_report
         from s3pet_nb.lab.pool import Rules, plan, run_study
         from s3pet_nb.lab.study import parameters, study as read
-        from s3pet_nb.lab.study_page import study_report
 
         asked = read(name)
         given = assignments(settings, parameters(asked.template))
@@ -698,10 +697,9 @@ def rebuild(
 ) -> None:
     "Write the HTML report of a run or of a study again."
     with one_sentence():
-        from s3pet_nb.lab.page import report
+        from s3pet_nb.lab.page import report, study_report
         from s3pet_nb.lab.pool import recorded
         from s3pet_nb.lab.store import Run
-        from s3pet_nb.lab.study_page import study_report
 
         asked = recorded(folder)
         page = report(Run(folder)) if asked is None else study_report(asked, folder.resolve().parent)

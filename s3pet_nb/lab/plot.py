@@ -29,12 +29,13 @@ a run goes on."""
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'STYLES', 'INK', 'GRID', 'TEMPLATE', 'LAB_STYLE', 'CLEAR', 'Log',
-           'P_COLUMNS', 'MODULE_LABELS', 'P_SCALE', 'HALVES', 'ROUND', 'DASHES', 'SYMBOLS', 'as_text', 'lay_out',
-           'legend_below', 'phase_lines', 'plain_figure', 'events', 'p_frame', 'p_grid', 'p_title', 'p_traces',
-           'draw_p', 'plot_p', 'mean_p_frame', 'draw_mean_p', 'plot_mean_p', 'share_frame', 'draw_share', 'plot_share',
-           'steps_frame', 'budget_frame', 'plot_budget', 'mixed_frame', 'plot_mixed', 'loss_frame', 'plot_loss',
-           'score_frame', 'plot_score', 'structure_frame', 'comparison_frame', 'score_columns', 'plot_comparison',
-           'plot_sizes', 'plot_budgets']
+           'P_COLUMNS', 'MODULE_LABELS', 'P_SCALE', 'HALVES', 'ROUND', 'DASHES', 'SYMBOLS', 'MISSING', 'SEARCHED',
+           'LEVEL', 'as_text', 'lay_out', 'legend_below', 'phase_lines', 'plain_figure', 'events', 'p_frame', 'p_grid',
+           'p_title', 'p_traces', 'draw_p', 'plot_p', 'mean_p_frame', 'draw_mean_p', 'plot_mean_p', 'share_frame',
+           'draw_share', 'plot_share', 'draw_mean', 'steps_frame', 'budget_frame', 'plot_budget', 'mixed_frame',
+           'plot_mixed', 'loss_frame', 'plot_loss', 'score_frame', 'plot_score', 'structure_frame', 'comparison_frame',
+           'score_columns', 'plot_comparison', 'plot_sizes', 'plot_budgets', 'value_text', 'signed', 'interval_text',
+           'row_lines', 'draw_sweep', 'draw_differences', 'name_cells', 'draw_transfer']
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-003
 import html
@@ -44,16 +45,18 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from plotly.basedatatypes import BaseTraceType
 from plotly.subplots import make_subplots
 
 from .store import Run, structure_kind
-from ..model.gate import gate_of
-from ..model.structure import select
+
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-010
 BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A9099"
@@ -68,7 +71,7 @@ TEMPLATE = go.layout.Template(layout=dict(
                pad=dict(l=12, t=14)),
     legend=dict(orientation="h", x=0, xanchor="left", y=1, yanchor="bottom", yref="paper")))
 
-
+# %% ../../nbs/lab/07_plot.ipynb #plot-010b
 LAB_STYLE = """<style>
 .s3pet-lab .main-svg text:not(.heatmap-label text, .hoverlayer text) {
   fill: var(--jp-content-font-color1, #24292f) !important; }
@@ -79,7 +82,7 @@ LAB_STYLE = """<style>
 </style>"""  # figures in a box of class s3pet-lab follow the theme of JupyterLab
 CLEAR = dict(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")  # layout of such a figure
 
-
+# %% ../../nbs/lab/07_plot.ipynb #plot-010c
 def as_text(
     name: object,
 ) -> str:
@@ -103,7 +106,7 @@ def legend_below(
     "`figure` itself, with the legend under it, where many entries have room."
     return figure.update_layout(legend=dict(yref="container", y=0, yanchor="bottom"), margin_t=48)
 
-
+# %% ../../nbs/lab/07_plot.ipynb #plot-010d
 def phase_lines(
     phases: Iterable[str],  # labels as in the log: "searched", "random-1", "bitfit" …
 ) -> dict[str, dict[str, str]]:  # color and dash of each, as plotly names them
@@ -147,7 +150,7 @@ def _settings(entry: Mapping) -> str:
 def _place(entry: Mapping) -> tuple:
     return *(entry[name] for name in ("stack", "layer", "role", "module")), _settings(entry)
 
-
+# %% ../../nbs/lab/07_plot.ipynb #plot-016a
 def _gates_at(log: Log, gates: Sequence[dict], step: int | None) -> dict:
     "The gates of a step: of a run by default those that gave the structure, else the last."
     by_step = {record["step"]: record for record in gates}
@@ -161,15 +164,28 @@ def _gates_at(log: Log, gates: Sequence[dict], step: int | None) -> dict:
                          f"choose one of {', '.join(map(str, sorted(by_step)))}")
     return by_step[step]
 
-
-def _under(gates: Mapping, n: torch.Tensor, B: int) -> torch.Tensor:
+# %% ../../nbs/lab/07_plot.ipynb #plot-016c
+def _under(gates: Mapping, n: Sequence[int], B: int) -> "torch.Tensor":
     "p of these gates under another budget."
+    import torch
+
+    from s3pet_nb.model.gate import gate_of
+
     gate = gate_of(gates.get("gate"))
     alpha = torch.tensor([math.nan if a is None else a for a in gates["alpha"]], dtype=torch.float64)
     if gate is None or alpha.isnan().any():
         reason = "does not say its gate" if gate is None else "has an alpha that is not a number"
         raise ValueError(f"the log {reason} at step {gates['step']:,}, so p is known for its own budget only")
-    return gate.p(alpha, gate.solve(alpha, n, B))
+    return gate.p(alpha, gate.solve(alpha, torch.tensor(n), B))
+
+
+def _selected(p: pd.Series, n: Sequence[int], B: int, method: str) -> np.ndarray:
+    "What p selects within a budget; a p that is not a number counts as 0."
+    import torch
+
+    from s3pet_nb.model.structure import select
+
+    return select(torch.tensor(p.fillna(0)), torch.tensor(n), B, method).numpy()
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-016b
 P_COLUMNS = ["stack", "layer", "role", "kind", "module", "name", "n", "p", "alpha", "selected"]
@@ -188,7 +204,7 @@ def p_frame(
     """
     spaces, gates = events(log, "space", "gates")
     space, gates = spaces[0]["candidates"], _gates_at(log, gates, step)
-    n, budget = torch.tensor([entry["n"] for entry in space]), B or spaces[0].get("budget")
+    n, budget = [entry["n"] for entry in space], B or spaces[0].get("budget")
     p = pd.Series(gates["p"] if B is None else _under(gates, n, B), dtype=float)
     if B is None and isinstance(log, Run):
         structure = log.structure or {"modules": []}
@@ -196,7 +212,7 @@ def p_frame(
         kept = {_place(module) for module in structure["modules"]}
         selected = [_place(entry) in kept for entry in space]
     else:
-        selected = select(torch.tensor(p.fillna(0)), n, budget, method).numpy()
+        selected = _selected(p, n, budget, method)
     frame = pd.DataFrame(space).assign(p=p, alpha=gates["alpha"], selected=selected)
     frame = frame.astype({"layer": "Int64", "alpha": float})[P_COLUMNS]
     frame.attrs |= {"step": gates["step"], "budget": budget, "gate": gates.get("gate")}
@@ -288,7 +304,7 @@ def _stacks(
                                     _outlines(placed, outline, showlegend=first.index(True) == k)])
             for k, (stack, rows, columns, placed) in enumerate(grids)]
 
-
+# %% ../../nbs/lab/07_plot.ipynb #plot-023b
 def _draw(
     frame: pd.DataFrame,  # candidates, with value, hover and outlined
     title: str,
@@ -316,7 +332,7 @@ def _draw(
         len=min(body, 260), y=1, yanchor="top")))
     return lay_out(figure, title, height=body + 124)
 
-
+# %% ../../nbs/lab/07_plot.ipynb #plot-023c
 P_SCALE = dict(bar="p", top=1, cell=".2f", tick=".1f", outline="selected")
 
 
@@ -334,7 +350,7 @@ def p_title(
     return (f"Activation probability p at step {frame.attrs['step']}, "
             f"{frame.selected.sum()} modules selected")
 
-
+# %% ../../nbs/lab/07_plot.ipynb #plot-023d
 def p_traces(
     frame: pd.DataFrame,  # of `p_frame`
 ) -> list[BaseTraceType]:
@@ -379,7 +395,7 @@ def _check_one_budget(budgets: Iterable[int]) -> None:
     if found and found[-1] > 1.01 * found[0]:
         raise ValueError(f"p has different budgets: {', '.join(f'{B:,}' for B in found)}; choose runs of one")
 
-
+# %% ../../nbs/lab/07_plot.ipynb #plot-026b
 def mean_p_frame(
     runs: Sequence[Run | pd.DataFrame],  # or their frames, as of `p_frame`; at least one, else `ValueError`
     step: int | None = None,  # as in `p_frame`; None: each run's own
@@ -400,7 +416,7 @@ def mean_p_frame(
     found.attrs = {"runs": len(runs)}
     return found
 
-
+# %% ../../nbs/lab/07_plot.ipynb #plot-026c
 def draw_mean_p(
     frame: pd.DataFrame,  # of `mean_p_frame`
 ) -> go.Figure:
@@ -439,7 +455,7 @@ def _check_same_question(names: Sequence[str], results: Sequence[Mapping]) -> No
                 raise ValueError(f"{key} is {one!r} in {names[0]} and {other[key]!r} in {name}; "
                                  "a mean needs runs of one question")
 
-
+# %% ../../nbs/lab/07_plot.ipynb #plot-030b
 def share_frame(
     runs: Run | Mapping | Sequence[Run | Mapping],  # one or several, finished, or their results; one space
 ) -> pd.DataFrame:  # stack, layer, role, module, name, of, share, low, high, kept_in; attrs["runs"]
@@ -491,6 +507,15 @@ def plot_share(
     "The heatmap of the kept share of one run or several."
     return draw_share(share_frame(runs))
 
+# %% ../../nbs/lab/07_plot.ipynb #plot-034b
+def draw_mean(
+    frame: pd.DataFrame,  # of `mean_p_frame` or `share_frame`
+    title: str,
+) -> go.Figure:
+    "The heatmap of either, with a title of its own."
+    figure = (draw_share if "share" in frame else draw_mean_p)(frame)
+    return figure.update_layout(title_text=as_text(title), margin_t=64)
+
 # %% ../../nbs/lab/07_plot.ipynb #plot-036
 def steps_frame(
     run: Run,
@@ -516,7 +541,7 @@ def _mark_early_stop(figure: go.Figure, run: Run) -> None:
                              annotation_text=f"stopped early at step {record['step']:,}, "
                                              f"{record['saved']:.0%} of the steps saved")
 
-
+# %% ../../nbs/lab/07_plot.ipynb #plot-036b
 def plot_budget(
     run: Run,
 ) -> go.Figure:
@@ -692,7 +717,7 @@ def structure_frame(
         frame = frame.drop(columns="of")
     return frame.drop(columns=[name for name in ("score", "p") if frame[name].isna().all()])
 
-
+# %% ../../nbs/lab/07_plot.ipynb #plot-051b
 def comparison_frame(
     source: Run | Mapping,  # a finished run, or its result
 ) -> pd.DataFrame:  # label, structure, modules, n_params, ratio, …, scores, steps, seconds
@@ -720,7 +745,7 @@ def _kind_label(kind: str, part: pd.DataFrame) -> str:
     count = f" ({len(part)})" if len(part) > 1 else ""
     return f"{as_text(kind)}{count}<br>{low:,}" + (f"–{high:,}" if high > low else "") + " parameters"
 
-
+# %% ../../nbs/lab/07_plot.ipynb #plot-056b
 def plot_comparison(
     source: Run | Mapping,  # a finished run, or its result
 ) -> go.Figure:
@@ -799,3 +824,194 @@ def plot_budgets(
     figure.update_yaxes(title_text="modules", rangemode="tozero", showgrid=False, tickmode="auto", nticks=6,
                         secondary_y=True)
     return lay_out(figure, f"One search, {len(frame)} budgets", height=380)
+
+# %% ../../nbs/lab/07_plot.ipynb #plot-071
+MISSING = "–"
+
+
+def value_text(
+    value: object,  # of a parameter
+) -> str:
+    "How a page writes it: a list with commas, nothing as a dash."
+    if isinstance(value, list | tuple):
+        return ", ".join(map(value_text, value)) or MISSING
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {value_text(item)}" for name, item in value.items()) or MISSING
+    return f"{value:g}" if isinstance(value, float) else str(value) or MISSING
+
+# %% ../../nbs/lab/07_plot.ipynb #plot-071b
+def signed(
+    share: float,  # of a score, from -1 to 1
+) -> str:
+    "A difference of scores in points, with its sign."
+    return f"{round(100 * share, 1) + 0.0:+.1f}".replace("-", "−")  # a zero has no minus
+
+
+def interval_text(
+    pair: pd.Series,  # of `differences`
+) -> str:
+    "The interval of a mean difference, in points."
+    return MISSING if pd.isna(pair.low) else f"{signed(pair.low)} to {signed(pair.high)}"
+
+# %% ../../nbs/lab/07_plot.ipynb #plot-073
+SEARCHED, LEVEL = "searched", "finetune"  # labels of the structure that was searched, and of all weights
+
+
+def row_lines(
+    frame: pd.DataFrame,  # of `results.scores`
+) -> dict[str, dict[str, str]]:  # color and dash of each row, as plotly names them
+    "A line for each row of the tables."
+    labels = dict(sorted(zip(frame.row, frame.label), key=lambda pair: pair[1] != SEARCHED))
+    palette = itertools.chain([{"color": BLUE, "dash": "solid"}],
+                              phase_lines(map(str, range(len(labels)))).values())
+    greys = ({"color": GREY, "dash": dash} for dash in itertools.cycle(("solid", "dot", "dash")))
+    level = {"color": GREY, "dash": "dashdot"}
+    return {row: level if label == LEVEL else next(greys if label == "random" else palette)
+            for row, label in labels.items()}
+
+# %% ../../nbs/lab/07_plot.ipynb #plot-076
+def _bars(part: pd.DataFrame) -> dict:
+    "Bars of the 95 % intervals, in points of the score."
+    return dict(type="data", symmetric=False, array=100 * (part.high - part["mean"]),
+                arrayminus=100 * (part["mean"] - part.low))
+
+
+def _sweep_trace(part: pd.DataFrame, statistic: str, ends: tuple[float, float], aside: float) -> dict:
+    "x, y and bars of one line; all weights trained are a level, not a point far to the right."
+    if (part.label == LEVEL).all():
+        y = 100 * part[statistic].mean()
+        return dict(x=list(ends), y=[y, y], mode="lines", hovertemplate=f"all weights, {y:.1f}")
+    bars = {} if statistic == "median" else dict(error_y=dict(_bars(part), thickness=1.2, width=3))
+    return dict(x=part.n_params * aside, y=100 * part[statistic], mode="lines+markers", marker_size=7,
+                customdata=part[["n_params", "seeds"]], **bars,
+                hovertemplate="%{customdata[0]:,.0f} parameters<br>%{y:.1f}, seeds: %{customdata[1]}")
+
+
+def _heights(part: pd.DataFrame, statistic: str) -> list[float]:
+    "Range of a panel: all points with room for the middle one of the bars; longer bars may end outside."
+    points = part[statistic]
+    bars = part[["low", "high"]] if statistic == "mean" else pd.DataFrame({"low": points, "high": points})
+    room = max(0.6 * (points.max() - points.min()), (bars.high - bars.low).median() / 2) or 0.01
+    low, high = bars.low.fillna(points).min(), bars.high.fillna(points).max()
+    low, high = max(low, points.min() - room) - room / 6, min(high, points.max() + room) + room / 6
+    return [100 * low, 100 * high]
+
+# %% ../../nbs/lab/07_plot.ipynb #plot-077
+def _task_panels(tasks: Sequence[str], width: int, **settings) -> tuple[go.Figure, dict[str, dict]]:
+    "A panel for each task, `width` of them side by side, and the place of each."
+    titles = ["all tasks" if task == "all" else as_text(task) for task in tasks]
+    figure = make_subplots(math.ceil(len(tasks) / width), width, subplot_titles=titles, **settings)
+    figure.update_annotations(font_size=13)
+    return figure, {task: dict(row=k // width + 1, col=k % width + 1) for k, task in enumerate(tasks)}
+
+# %% ../../nbs/lab/07_plot.ipynb #plot-077b
+def draw_sweep(
+    frame: pd.DataFrame,  # of `results.sweep_frame`; an empty one is a `ValueError`
+    lines: Mapping[str, Mapping],  # of `row_lines`
+    statistic: str = "mean",  # or "median"
+) -> go.Figure:
+    "Score over trained parameters: a panel for each task, a line for each row, bars for the intervals."
+    if frame.empty:
+        raise ValueError("no structure says its number of parameters")
+    tasks, names, seen = list(frame.task.unique()), list(lines), set()
+    width = 2 if len(tasks) == 4 else min(3, len(tasks))
+    height = math.ceil(len(tasks) / width)
+    figure, places = _task_panels(tasks, width, vertical_spacing=0.24 / height, horizontal_spacing=0.07)
+    sized = frame[frame.label != LEVEL] if (frame.label != LEVEL).any() else frame
+    ends = sized.n_params.min(), sized.n_params.max()
+    for (row, line, task), part in frame.groupby(["row", "line", "task"], sort=False):
+        name, rank = as_text(line), names.index(row)
+        aside = 1.02 ** (rank - len(names) / 2)  # so that bars stand beside each other
+        trace = _sweep_trace(part.sort_values("n_params"), statistic, ends, aside)
+        trace["hovertemplate"] += f"<extra>{name}</extra>"
+        figure.add_scatter(**places[task], name=name, legendgroup=name, legendrank=rank + 1,
+                           showlegend=name not in seen, line=dict(lines[row], width=2), **trace)
+        seen.add(name)
+    for task, place in places.items():
+        figure.update_yaxes(range=_heights(frame[frame.task == task], statistic), **place)
+    figure.update_xaxes(type="log", tickformat="~s", nticks=6)
+    figure.update_xaxes(title_text="trained parameters", row=height)
+    figure.update_yaxes(title_text="test score", col=1)
+    over = "median" if statistic == "median" else "mean and its 95 % interval"
+    lay_out(figure, f"Test score over size, {over} over seeds", 170 + 260 * height)
+    return legend_below(figure).update_layout(margin_t=72)
+
+# %% ../../nbs/lab/07_plot.ipynb #plot-080
+def _forest(part: pd.DataFrame, heights: Sequence[int], color: str) -> dict:
+    "Means, bars and what is said of them when pointed at."
+    hover = [f"<b>{as_text(pair.line)}</b><br>{as_text(pair.task)}: {signed(pair['mean'])} points<br>"
+             f"interval {interval_text(pair)}<br>ahead in {pair.ahead} of {pair.pairs} pairs"
+             for _, pair in part.iterrows()]
+    symbols = ["diamond" if task == "all" else "circle" for task in part.task]
+    return dict(x=100 * part["mean"], y=heights, mode="markers", showlegend=False, text=hover,
+                error_x=dict(_bars(part), thickness=2, width=4), hovertemplate="%{text}<extra></extra>",
+                marker=dict(color=color, size=10, symbol=symbols))
+
+
+def _around_zero(part: pd.DataFrame) -> list[float]:
+    "Range of a panel of differences: all intervals, and zero."
+    ends = 100 * part[["low", "mean", "high"]].stack()
+    low, high = min(0, ends.min()), max(0, ends.max())
+    return [low - 0.06 * (high - low), high + 0.06 * (high - low)]
+
+# %% ../../nbs/lab/07_plot.ipynb #plot-081
+def draw_differences(
+    frame: pd.DataFrame,  # of `results.differences`, with lines; an empty one is a `ValueError`
+    lines: Mapping[str, Mapping],  # of `row_lines`
+) -> go.Figure:
+    "Mean differences with intervals; a line for each task, or where there are more rows a panel of them."
+    if frame.empty:
+        raise ValueError("there is no pair yet of a searched structure and what it is compared with")
+    tasks, one = sorted(frame.task.unique(), key="all".__eq__), frame.line.nunique() == 1
+    panel, height = (frame.task * 0, frame.task) if one else (frame.task, frame.line)
+    names = tasks if one else list(frame.line.unique())
+    width = 1 if one else min(5, len(tasks))
+    rows = math.ceil(1 if one else len(tasks) / width)
+    body = 26 * len(names) * rows + 96 * (rows - 1)
+    figure, places = _task_panels([""] if one else tasks, width, shared_yaxes=True, horizontal_spacing=0.025,
+                                  vertical_spacing=96 / body if rows > 1 else None)
+    for (task, row), part in frame.groupby([panel, "row"], sort=False):
+        heights = [names.index(name) for name in height[part.index]]
+        figure.add_scatter(**places[task], **_forest(part, heights, lines[row]["color"]))
+    for task, place in places.items():
+        figure.update_xaxes(range=_around_zero(frame[panel == task]), **place)
+    figure.add_vline(0, line=dict(color=INK, width=1.5, dash="dash"))
+    figure.update_xaxes(nticks=5).update_xaxes(title_text="points of score", row=rows)
+    texts = ["all tasks" if name == "all" and one else as_text(name) for name in names]
+    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=texts, range=[len(names) - 0.4, -0.6],
+                        ticks="", showgrid=False, ticklabelstandoff=6)
+    return lay_out(figure, f"Searched minus {as_text(frame.against.iloc[0])}, paired over seeds, with "
+                           "95 % intervals; right of zero: ahead", body + 150)
+
+# %% ../../nbs/lab/07_plot.ipynb #plot-084
+def name_cells(
+    figure: go.Figure,  # a heatmap
+    columns: Iterable[str],
+    rows: Iterable[str],
+) -> go.Figure:
+    "`figure` itself, with names at its cells, as text and never as markup, the first row on top."
+    for axis, names in (figure.layout.xaxis, list(columns)), (figure.layout.yaxis, list(rows)):
+        axis.update(tickvals=list(range(len(names))), ticktext=[as_text(name) for name in names],
+                    showgrid=False, ticks="", ticklabelstandoff=4)
+    return figure.update_yaxes(autorange="reversed")
+
+
+def draw_transfer(
+    frame: pd.DataFrame,  # of `results.transfer`, not empty
+) -> go.Figure:
+    "Heatmap of scores: sources down, targets across; the colour says the place within its column."
+    targets = list(frame.columns[frame.columns.get_loc("source") + 1:])
+    names = [", ".join(text for text in map(value_text, values) if text != MISSING)
+             for values in frame.drop(columns=targets).itertuples(index=False)]
+    scores = 100 * frame[targets].astype(float)
+    low, high = scores.min(), scores.max()
+    hover = [[f"{as_text(name)}<br>trained on {as_text(target)}: {score:.1f}"
+              for target, score in row.items()] for name, (_, row) in zip(names, scores.iterrows())]
+    figure = go.Figure(go.Heatmap(
+        z=((scores - low) / (high - low).where(high > low, 1)).to_numpy(), customdata=hover, zmin=0, zmax=1,
+        text=scores.map("{:.1f}".format).to_numpy(), texttemplate="%{text}", hoverongaps=False,
+        hovertemplate="%{customdata}<extra></extra>", colorscale="Cividis", showscale=False, xgap=1, ygap=1))
+    name_cells(figure, targets, names)
+    figure.update_xaxes(title_text="trained on; the brightest of each column is its best")
+    return lay_out(figure, "Test score of what was searched on one task and trained on another",
+                   150 + 30 * len(frame))

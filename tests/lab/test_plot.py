@@ -10,10 +10,11 @@ import torch
 from synthetic import RETRAININGS, candidates, make_pruned, make_run
 
 from s3pet_nb.core import table
-from s3pet_nb.lab.plot import (budget_frame, comparison_frame, draw_mean_p, loss_frame, mean_p_frame,
-                               mixed_frame, p_frame, p_grid, phase_lines, plot_budget, plot_budgets,
-                               plot_comparison, plot_loss, plot_mean_p, plot_mixed, plot_p, plot_score,
-                               plot_share, plot_sizes, score_frame, share_frame, structure_frame)
+from s3pet_nb.lab.plot import (budget_frame, comparison_frame, draw_differences, draw_mean_p, draw_sweep,
+                               draw_transfer, loss_frame, mean_p_frame, mixed_frame, p_frame, p_grid,
+                               phase_lines, plot_budget, plot_budgets, plot_comparison, plot_loss,
+                               plot_mean_p, plot_mixed, plot_p, plot_score, plot_share, plot_sizes, row_lines,
+                               score_frame, share_frame, structure_frame)
 from s3pet_nb.lab.store import Run
 from s3pet_nb.model.backbone import tiny
 from s3pet_nb.model.space import make_space
@@ -579,3 +580,59 @@ def test_figures_take_their_width_from_the_page_and_are_small(run, draw):
 def test_a_run_without_records_says_what_is_missing(tmp_path, read):
     with pytest.raises(ValueError, match="no record|no structure yet|no result yet"):
         read(Run.create(tmp_path, "study", {}, ""))
+
+
+@pytest.fixture(scope="module")
+def differing():
+    "Lines of differences as `results` has them: two rows at two budgets, two tasks and all of them."
+    return pd.DataFrame([
+        {"row": row, "line": f"{row}, budget {budget}", "budget": budget, "against": LINK, "task": task,
+         "mean": 0.01 * k, "low": 0.01 * k - 0.02, "high": 0.01 * k + 0.02, "p": 0.04, "pairs": 3, "ahead": 2}
+        for k, row in enumerate(("S3PET", "local")) for budget in (100, 200) for task in ("cola", "all", "rte")])
+
+
+def test_the_forest_draws_every_difference_and_zero(differing):
+    lines = row_lines(pd.DataFrame({"row": ["S3PET", "local"], "label": ["searched"] * 2}))
+    figure = draw_differences(differing, lines)
+    assert sum(len(trace.x) for trace in figure.data) == len(differing)
+    assert len(figure.layout.shapes) == 3 and "<a " not in figure.to_json()  # zero, in each panel
+    assert [title.text for title in figure.layout.annotations] == ["cola", "rte", "all tasks"]
+    one = differing[differing.line == "S3PET, budget 100"]
+    figure = draw_differences(one, lines)
+    assert list(figure.layout.yaxis.ticktext) == ["cola", "rte", "all tasks"]
+    assert sum(len(trace.x) for trace in figure.data) == len(one)
+    with pytest.raises(ValueError, match="no pair yet"):
+        draw_differences(differing.iloc[:0], lines)
+
+
+def test_rows_have_lines_of_their_own():
+    labels = {"S3PET": "searched", "random (S3PET)": "random", "random (local)": "random", "finetune": "finetune",
+              "local": "searched"}
+    lines = row_lines(pd.DataFrame({"row": list(labels), "label": list(labels.values())}))
+    assert lines["S3PET"] == {"color": "#0072B2", "dash": "solid"} and lines["finetune"]["dash"] == "dashdot"
+    assert lines["random (S3PET)"]["color"] == "#8A9099" and len({str(line) for line in lines.values()}) == 5
+
+
+@pytest.mark.parametrize("statistic", ["mean", "median"])
+def test_a_sweep_has_a_line_for_each_row_and_a_level_for_all_weights(statistic):
+    frame = pd.DataFrame([
+        {"row": row, "line": row, "label": label, "task": task, "n_params": n, "seeds": 3, "mean": 0.6, "median": 0.5,
+         "low": 0.58, "high": 0.62} for row, label, n in (("S3PET", "searched", 100), ("S3PET", "searched", 200),
+                                                          ("finetune", "finetune", 9000)) for task in ("a", LINK)])
+    figure = draw_sweep(frame, row_lines(frame), statistic)
+    searched, level = figure.data[0], figure.data[2]
+    assert list(searched.y) == [60, 60] if statistic == "mean" else list(searched.y) == [50, 50]
+    assert (searched.error_y.array is not None) is (statistic == "mean") and list(level.x) == [100, 200]
+    assert "<a " not in figure.to_json() and figure.layout.xaxis.type == "log"
+    with pytest.raises(ValueError, match="no structure says its number of parameters"):
+        draw_sweep(frame.iloc[:0], {})
+
+
+def test_transfer_is_a_matrix():
+    frame = pd.DataFrame({"row": ["searched", "searched", "random"], "source": ["a", "b", ""],
+                          "a": [0.6, 0.5, 0.4], "b": [0.7, math.nan, 0.7]})
+    figure = draw_transfer(frame)
+    heat, = figure.data
+    assert heat.text.tolist() == [["60.0", "70.0"], ["50.0", "nan"], ["40.0", "70.0"]]
+    assert heat.z[:, 0].tolist() == [1.0, pytest.approx(0.5), 0.0]
+    assert list(figure.layout.yaxis.ticktext) == ["searched, a", "searched, b", "random"]

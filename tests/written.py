@@ -6,7 +6,7 @@ import nbformat
 import pandas as pd
 from synthetic import candidates, pick, prune, shifted
 
-from s3pet_nb.lab.store import Run
+from s3pet_nb.lab.store import Run, write_json
 from s3pet_nb.lab.study import Study
 
 EVIL = "<img src=x onerror=alert(1)>"
@@ -109,3 +109,17 @@ def fill(study, root, space=None, gates=True, leave=0):
     space = space or candidates({"encoder": 6})
     questions = study.questions()
     return [write_run(study, question, root, space, gates) for question in questions[:len(questions) - leave]]
+
+
+def faulty_study(folder):
+    "A study of which one run failed, one result is torn, three gates are lost, and four runs were not begun."
+    study, root = make_study(folder), folder / "reports"
+    runs = fill(study, root, leave=4)
+    (runs[0].folder / "result.json").unlink()
+    write_json(runs[0].folder / "error.json", {"error": f"ValueError: no column {EVIL}"})
+    (runs[1].folder / "result.json").write_text('{"task": "glue/co')
+    (runs[3].folder / "gates.csv").unlink()
+    text = (runs[4].folder / "gates.csv").read_text()
+    (runs[4].folder / "gates.csv").write_text(text[:len(text) // 2])
+    (runs[5].folder / "gates.csv").write_text("")
+    return study, root, runs

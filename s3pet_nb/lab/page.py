@@ -51,10 +51,12 @@ from traitlets.config import Config
 
 from ..core import Html, table, write_text
 from .plot import CLEAR, LAB_STYLE, LEVEL, MISSING, value_text
-from .results import Outcome, best_of, grid_columns, progress_text, run_scores, runs_frame, wide
+from .results import (Outcome, best_of, grid_columns, is_sound, progress_text, run_scores,
+                                  runs_frame, wide)
 from .run import ThisPython
 from .store import Run, home, run_folders, structure_kind, write_json
-from .study import DATA_DIR, Study, literal, resolve, study, template
+from .study import DATA_DIR, Study, literal, resolve, template
+from .study import study as read_study
 
 # %% ../../nbs/lab/09_page.ipynb #report-008
 PLOTLY, WIDGET, SCRIPT = ("application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json",
@@ -151,7 +153,7 @@ def command(
     What is as in the study it starts from is left out.
     """
     name = "demo" if run.study == "demo" else "prune" if "criterion" in run.params else "search"
-    base = study(name)
+    base = read_study(name)
     usual = resolve(base.template, base.params)
     if not {"task", "backbone", "budget"} <= run.params.keys() <= usual.keys():
         return ""
@@ -165,12 +167,12 @@ def command(
 
 # %% ../../nbs/lab/09_page.ipynb #report-016b
 def study_command(
-    asked: Study,
+    study: Study,
     root: str | os.PathLike = "reports",  # folder of all studies
 ) -> str:
     "The line for a terminal that makes this study, or goes on with it, in the folder of its file."
-    words = ["s3pet", "study", asked.source or f"{asked.name}.yml"]
-    for name, value in asked.given.items():
+    words = ["s3pet", "study", study.source or f"{study.name}.yml"]
+    for name, value in study.given.items():
         words += ["--data-dir", str(value)] if name == DATA_DIR else ["--set", _setting(name, value)]
     if Path(root).resolve() != Path("reports").resolve():
         words += ["--out", str(root)]
@@ -208,10 +210,10 @@ GIVEN = ("search_steps", "prune_steps", "retrain_steps", "batch_size", "max_leng
 
 
 def _protocol(params: Mapping) -> str | None:
-    "The protocol, and what was given in place of its own numbers."
-    given = [f"{name}={params[name]}" for name in GIVEN if params.get(name)]
-    given += ["dropout off"] * (params.get("dropout") is False)
-    return params.get("protocol") and params["protocol"] + (f", but {', '.join(given)}" if given else "")
+    "The protocol, and what was changes in place of its own numbers."
+    changes = [f"{name}={params[name]}" for name in GIVEN if params.get(name)]
+    changes += ["dropout off"] * (params.get("dropout") is False)
+    return params.get("protocol") and params["protocol"] + (f", but {', '.join(changes)}" if changes else "")
 
 
 def _pruned(params: Mapping) -> str | None:
@@ -230,7 +232,7 @@ def facts(
     cost = [f"{result['seconds'] / 60:.1f} minutes"] if "seconds" in result else []
     cost += [f"{result['peak_memory_mb'] / 1000:.1f} GB"] if "peak_memory_mb" in result else []
     space = f"{space['name']}, {space['candidates']} candidates" if space else params.get("space")
-    found = {
+    about = {
         "Task": result.get("task", params.get("task")),
         "Backbone": result.get("backbone", params.get("backbone")),
         "Budget": f"{budget:,} parameters" if budget else params.get("budget"),
@@ -247,7 +249,7 @@ def facts(
         "Time and memory": ", ".join(cost) or None,
         "Run": f"{run.study}/{run.id}",
     }
-    return {name: str(value) for name, value in found.items() if value is not None}
+    return {name: str(value) for name, value in about.items() if value is not None}
 
 
 def title(
@@ -258,10 +260,10 @@ def title(
     return " on ".join(known[name] for name in ("Task", "Backbone") if name in known) or known["Run"]
 
 # %% ../../nbs/lab/09_page.ipynb #report-022c
-def _methods(asked: Study) -> dict[str, str]:
+def _methods(study: Study) -> dict[str, str]:
     "Of each method, what it changes."
     about = {}
-    for name, changes in asked.methods.items():
+    for name, changes in study.methods.items():
         parts = [f"template {changes['template']}"] if "template" in changes else []
         parts += [value_text(changes[key]) for key in ("params", "grid") if changes.get(key)]
         about[f"Method {name}"] = ", ".join(parts) or "as the study says"
@@ -269,16 +271,16 @@ def _methods(asked: Study) -> dict[str, str]:
 
 
 def study_facts(
-    asked: Study,
+    study: Study,
 ) -> dict[str, str]:
     "Name and value of what the head of a study's page says of the question."
     fixed = [name for name in ("task", "backbone", "space", "budget")
-             if name in asked.params and name not in asked.grid]
-    values = {"template": Path(asked.template).stem} | {name: asked.params[name] for name in fixed}
-    values |= asked.grid | ({"seeds": asked.seeds} if asked.seeds else {})
+             if name in study.params and name not in study.grid]
+    values = {"template": Path(study.template).stem} | {name: study.params[name] for name in fixed}
+    values |= study.grid | ({"seeds": study.seeds} if study.seeds else {})
     about = {name.replace("_", " ").capitalize() if name.islower() else name: value_text(value)
              for name, value in values.items()}
-    return about | _methods(asked) | {"Compared with": asked.against, "Over seeds": asked.statistic}
+    return about | _methods(study) | {"Compared with": study.against, "Over seeds": study.statistic}
 
 # %% ../../nbs/lab/09_page.ipynb #report-024
 STYLE = """
@@ -382,7 +384,7 @@ PAGE = """
 {%- if states %}<div class="progress">{% for state, count in states.items() -%}
 <i data-state="{{ state }}" style="flex-grow:{{ count }}"></i>{% endfor %}</div>{% endif %}
 {%- if error %}<p class="failed">This run stopped before its end: {{ error }}</p>{% endif %}
-{%- if said %}<p>{{ said }}</p>{% endif %}
+{%- if progress %}<p>{{ progress }}</p>{% endif %}
 {%- if facts %}{{ pairs(facts) }}{% endif %}
 {%- if command %}<p class="command"><span>{{ again }}</span><code>{{ command }}</code></p>{% endif %}
 {%- if params %}<details><summary>Parameters of all runs</summary>{{ pairs(params) }}</details>{% endif %}
@@ -496,12 +498,12 @@ def transfer_table(
 def all_runs(
     outcome: Outcome,
 ) -> Html:
-    "The table of every run that was asked for, with links to their reports."
-    frame, asked = outcome.runs, outcome.study
-    folder = home("..", asked).as_posix()
+    "The table of every run that was study for, with links to their reports."
+    frame, study = outcome.runs, outcome.study
+    folder = home("..", study).as_posix()
     links = [f"{folder}/{row.run_id}/report.html" if (row.folder / "report.html").is_file() else None
              for row in frame.itertuples()]
-    values = {name: frame[name].map(value_text) for name in (*grid_columns(asked).values(), "task", "seed")}
+    values = {name: frame[name].map(value_text) for name in (*grid_columns(study).values(), "task", "seed")}
     shown = frame[["method"]].assign(**values, state=frame.state, score=frame.run_id.map(run_scores(outcome)),
                                      run=frame.run_id, what_went_wrong=frame.why)
     empty = [name for name in ("method", "what_went_wrong") if not shown[name].any()]
@@ -526,14 +528,14 @@ def chosen_cells(
 
 
 def compared(
-    asked: Study,
+    study: Study,
     root: str | os.PathLike,  # folder of all studies
     views: Iterable[str],
 ) -> nbformat.NotebookNode:
     "The template `compare`, executed over the runs of a study by a kernel with this Python."
-    folder = Path(root) / asked.name
-    ids = [question.id for question in asked.questions()]
-    write_json(folder / "study.json", asdict(asked) | {"ids": ids})
+    folder = Path(root) / study.name
+    ids = [question.id for question in study.questions()]
+    write_json(folder / "study.json", asdict(study) | {"ids": ids})
     notebook = chosen_cells(nbformat.read(template("compare"), as_version=4), views)
     try:
         papermill.execute_notebook(
@@ -560,21 +562,21 @@ addEventListener("beforeprint", () => boxes.forEach(draw));
 
 
 def study_report(
-    asked: Study,
+    study: Study,
     root: str | os.PathLike = "reports",  # folder of all studies; made if need be
 ) -> Path:  # of index.html in the study's folder
     "Write the page of a study, finished or not, and its tables beside it; give back the page's path."
-    folder, runs = Path(root) / asked.name, runs_frame(asked, root)
+    folder, runs = Path(root) / study.name, runs_frame(study, root)
     folder.mkdir(parents=True, exist_ok=True)
     states = runs.state.value_counts().reindex(["done", "failed", "missing"]).dropna().astype(int)
-    executed = compared(asked, root, asked.show if "done" in states else [])
+    executed = compared(study, root, study.show if "done" in states else [])
     notebook, figures, _ = static_notebook(executed, whole=True)
     headings = [name for cell in notebook.cells if cell.cell_type == "markdown"
                 for name in re.findall(r"(?m)^## (.+)$", cell.source)]
-    text = page(asked.title or asked.name, body_html(notebook, figures, waits=True), "study",
-                kind=f"Study {asked.name}", states=states.to_dict(), said=progress_text(runs),
-                again="Run it again, or go on", command=study_command(asked, root), facts=study_facts(asked),
-                params={name: value_text(value) for name, value in asked.params.items()}, headings=headings,
+    text = page(study.title or study.name, body_html(notebook, figures, waits=True), "study",
+                kind=f"Study {study.name}", states=states.to_dict(), progress=progress_text(runs),
+                again="Run it again, or go on", command=study_command(study, root), facts=study_facts(study),
+                params={name: value_text(value) for name, value in study.params.items()}, headings=headings,
                 plotly=get_plotlyjs(), lab_style=LAB_STYLE, draw=DRAW, files=["compare.ipynb"],
                 foot="Scores are on the test rows. Beside this page")
     write_text(folder / "index.html", text)
@@ -582,17 +584,12 @@ def study_report(
 
 # %% ../../nbs/lab/09_page.ipynb #report-031
 def score_texts(
-    result: Mapping,
+    result: Mapping,  # what result.json holds
 ) -> dict[str, str]:
     "Test score of each kind of structure; for several of a kind their mean, range and number."
-    rows, texts = result.get("rows"), {}
-    rows = [row for row in (rows if isinstance(rows, list) else [])
-            if isinstance(row, dict) and {"label", "test"} <= row.keys()]
-    if not rows:
-        return texts
-    frame = pd.DataFrame(rows)
-    tests = pd.to_numeric(frame.test, errors="coerce")
-    for kind, scores in tests.groupby(frame.label.astype(str).map(structure_kind), sort=False):
+    rows = pd.DataFrame((is_sound(result) and result.get("rows")) or [], columns=["label", "test"])
+    texts = {}
+    for kind, scores in rows.test.astype(float).groupby(rows.label.map(structure_kind), sort=False):
         spread = f" ({scores.min():.3f} to {scores.max():.3f}, {len(scores)})" if len(scores) > 1 else ""
         texts[kind] = f"{scores.mean():.3f}{spread}"
     return texts

@@ -131,13 +131,13 @@ def events(
     *kinds: str,  # "space", "step", "gates" or "score"
 ) -> list[list[dict]]:  # for each kind
     "The records of each kind, in the order in which they were logged; `ValueError` if there are none of one."
-    records, found = log.records() if isinstance(log, Run) else log, []
+    records, by_kind = log.records() if isinstance(log, Run) else log, []
     for kind in kinds:
-        found.append([record for record in records if record.get("event") == kind])
-        if not found[-1]:
+        by_kind.append([record for record in records if record.get("event") == kind])
+        if not by_kind[-1]:
             whose = f"run {log.study}/{log.id}" if isinstance(log, Run) else "the log"
             raise ValueError(f"{whose} has logged no record {kind!r}; did the search start?")
-    return found
+    return by_kind
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-016
 def _settings(entry: Mapping) -> str:
@@ -249,9 +249,9 @@ def p_grid(
     order, labels = list(dict.fromkeys(frame.module)), _rows(entries)
     grouped = sorted(zip(frame.module, labels), key=lambda row: order.index(row[0]))
     rows = list(dict.fromkeys(label for _, label in grouped))
-    found = {_column(entry) for entry in entries}
+    present = {_column(entry) for entry in entries}
     layers = [str(layer) for layer in range(int(frame.layer.max()) + 1)] if frame.layer.notna().any() else []
-    columns = [column for column in ("emb", *layers, "final") if column in layers or column in found]
+    columns = [column for column in ("emb", *layers, "final") if column in layers or column in present]
     return rows, columns, frame.assign(x=[columns.index(_column(entry)) for entry in entries],
                                        y=list(map(rows.index, labels)))
 
@@ -391,9 +391,10 @@ def _check_same_space(
 
 def _check_one_budget(budgets: Iterable[int]) -> None:
     "`ValueError` that names them if they are further apart than a hundredth."
-    found = sorted(set(budgets))
-    if found and found[-1] > 1.01 * found[0]:
-        raise ValueError(f"p has different budgets: {', '.join(f'{B:,}' for B in found)}; choose runs of one")
+    budgets = sorted(set(budgets))
+    if budgets and budgets[-1] > 1.01 * budgets[0]:
+        different = ", ".join(f"{B:,}" for B in budgets)
+        raise ValueError(f"p has different budgets: {different}; choose runs of one")
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-026b
 def mean_p_frame(
@@ -410,11 +411,11 @@ def mean_p_frame(
     _check_one_budget(frame.attrs["budget"] for frame in frames if frame.attrs["budget"])
     p = pd.concat([frame.p for frame in frames], axis=1)
     chosen = sum(frame.selected.astype(int) for frame in frames)
-    found = frames[0].drop(columns=["p", "alpha", "selected"]).assign(
+    mean = frames[0].drop(columns=["p", "alpha", "selected"]).assign(
         p=p.mean(axis=1), low=p.min(axis=1), high=p.max(axis=1), selected=2 * chosen > len(runs),
         runs=[f"{count} of {len(runs)} runs" for count in chosen])
-    found.attrs = {"runs": len(runs)}
-    return found
+    mean.attrs = {"runs": len(runs)}
+    return mean
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-026c
 def draw_mean_p(
@@ -445,12 +446,12 @@ def _result(source: Run | Mapping) -> Mapping:
 
 
 def _check_same_question(names: Sequence[str], results: Sequence[Mapping]) -> None:
-    "`ValueError` that names the first thing that was asked otherwise in a run than in the first one."
-    asked = [{"budget": result.get("budget")} | {name: result.get("prune", {}).get(name)
-                                                 for name in ("granularity", "criterion", "average_over")}
+    "`ValueError` that names the first thing in which a run's question differs from that of the first one."
+    questions = [{"budget": result.get("budget")} | {name: result.get("prune", {}).get(name)
+                                                     for name in ("granularity", "criterion", "average_over")}
              for result in results]
-    for name, other in zip(names, asked):
-        for key, one in asked[0].items():
+    for name, other in zip(names, questions):
+        for key, one in questions[0].items():
             if other[key] != one:
                 raise ValueError(f"{key} is {one!r} in {names[0]} and {other[key]!r} in {name}; "
                                  "a mean needs runs of one question")
@@ -474,11 +475,11 @@ def share_frame(
     frames = [pd.DataFrame(result["kept"]) for result in results]
     _check_same_space(names, [zip(frame["name"], frame["of"]) for frame in frames])
     share = pd.concat([frame["n"] / frame["of"] for frame in frames], axis=1)
-    found = frames[0][["stack", "layer", "role", "module", "name", "of"]].assign(
+    mean = frames[0][["stack", "layer", "role", "module", "name", "of"]].assign(
         share=share.mean(axis=1), low=share.min(axis=1), high=share.max(axis=1),
         kept_in=(share > 0).sum(axis=1)).astype({"layer": "Int64"})
-    found.attrs["runs"] = len(runs)
-    return found
+    mean.attrs["runs"] = len(runs)
+    return mean
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-033
 def _share_hover(row, n_runs: int) -> str:
@@ -595,10 +596,10 @@ ROUND = re.compile(r"prune-(\d+)")
 
 def _curve(phase: str) -> str:
     "What a phase is called in a legend."
-    found = ROUND.fullmatch(phase)
-    if found is None:
+    numbered = ROUND.fullmatch(phase)
+    if numbered is None:
         return phase
-    return "pruning, whole architecture" if found[1] == "1" else f"pruning, round {found[1]}"
+    return "pruning, whole architecture" if numbered[1] == "1" else f"pruning, round {numbered[1]}"
 
 
 def _stage(phase: str) -> str:
@@ -621,11 +622,11 @@ def loss_frame(
 def _panels(phases: Iterable[str]) -> tuple[go.Figure, dict[str, int]]:
     "Side by side a panel for each stage, and the column of each phase."
     stages = {phase: _stage(phase) for phase in phases}
-    found = list(dict.fromkeys(stages.values()))
-    figure = make_subplots(1, len(found), shared_yaxes=True, horizontal_spacing=0.04)
-    for k, stage in enumerate(found, start=1):
+    panels = list(dict.fromkeys(stages.values()))
+    figure = make_subplots(1, len(panels), shared_yaxes=True, horizontal_spacing=0.04)
+    for k, stage in enumerate(panels, start=1):
         figure.update_xaxes(title_text=f"step of the {stage}", col=k)
-    return figure, {phase: found.index(stage) + 1 for phase, stage in stages.items()}
+    return figure, {phase: panels.index(stage) + 1 for phase, stage in stages.items()}
 
 
 DASHES = "solid", "dot", "dash", "dashdot", "longdash"

@@ -176,10 +176,10 @@ def scores(
 ) -> pd.DataFrame:  # method, label, row, the grid's parameters, seed and `COLUMNS`
     "One row per trained structure of the runs that are done; attrs: the study's name, runs done and asked."
     columns, (answered, asked) = grid_columns(study), _answers(study, root)
-    made = [entry | _point(question, columns) for question, result in answered
-            for entry in _entries(question, result)]
+    entries = [entry | _point(question, columns) for question, result in answered
+               for entry in _entries(question, result)]
     names = ["method", "label", *columns.values(), "seed", *COLUMNS]
-    frame = pd.DataFrame(made, columns=list(dict.fromkeys(names)))
+    frame = pd.DataFrame(entries, columns=list(dict.fromkeys(names)))
     frame.insert(2, "row", _row_names(study, frame))
     frame = frame.astype(dict.fromkeys([*NUMBERS, "ratio"], float))
     done = len({question.id for question, _ in answered})
@@ -211,12 +211,12 @@ def _interval(test: object) -> dict:
 
 def _spread(values: pd.Series) -> dict:
     "What `summary` says of the scores of one line."
-    found = {"seeds": len(values), "mean": values.mean(), "sd": values.std(), "median": values.median(),
-             "low": np.nan, "high": np.nan}
+    line = {"seeds": len(values), "mean": values.mean(), "sd": values.std(), "median": values.median(),
+            "low": np.nan, "high": np.nan}
     if len(values) > 1:
         with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # scipy's, of equal values
-            found |= _interval(stats.ttest_1samp(values, 0))
-    return found
+            line |= _interval(stats.ttest_1samp(values, 0))
+    return line
 
 
 def summary(
@@ -226,8 +226,8 @@ def summary(
     keys = ["row", *_grid(frame), "task"]
     table = [dict(zip(keys, key)) | {"n_params": part.n_params.mean(), "ratio": part.ratio.mean()}
              | _spread(part.test) for key, part in _per_seed(frame).groupby(keys, sort=False, dropna=False)]
-    said = ["n_params", "ratio", "seeds", "mean", "sd", "median", "low", "high"]
-    return pd.DataFrame(table, columns=[*keys, *said])
+    columns = ["n_params", "ratio", "seeds", "mean", "sd", "median", "low", "high"]
+    return pd.DataFrame(table, columns=[*keys, *columns])
 
 # %% ../../nbs/lab/08_results.ipynb #results-013c
 def with_lines(
@@ -274,14 +274,14 @@ def _pairs(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
 def _compared(ours: pd.Series, theirs: pd.Series) -> dict:
     "What `differences` says of the pairs of one line."
     gains = ours - theirs
-    found = {"pairs": len(gains), "mean": gains.mean(), "low": np.nan, "high": np.nan, "p": np.nan,
-             "ahead": int((gains > 0).sum())}
+    line = {"pairs": len(gains), "mean": gains.mean(), "low": np.nan, "high": np.nan, "p": np.nan,
+            "ahead": int((gains > 0).sum())}
     if len(gains) > 1:
         with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # scipy's, of equal values
             test = stats.ttest_rel(ours, theirs)
-            found |= _interval(test)
-        found["p"] = float(test.pvalue) if np.ptp(gains) > 1e-12 else np.nan
-    return found
+            line |= _interval(test)
+        line["p"] = float(test.pvalue) if np.ptp(gains) > 1e-12 else np.nan
+    return line
 
 
 def differences(
@@ -297,8 +297,8 @@ def differences(
         for task, part in line.groupby("task", sort=False):
             table.append({"row": row, "against": study.against, **dict(zip(grid, point)), "task": task}
                          | _compared(part.test, part.other))
-    said = ["task", "pairs", "mean", "low", "high", "p", "ahead"]
-    return pd.DataFrame(table, columns=["row", "against", *grid, *said])
+    columns = ["task", "pairs", "mean", "low", "high", "p", "ahead"]
+    return pd.DataFrame(table, columns=["row", "against", *grid, *columns])
 
 # %% ../../nbs/lab/08_results.ipynb #results-018c
 def difference_sentences(
@@ -344,11 +344,11 @@ def ranks(
     per_seed["block"] = per_seed.groupby(block, sort=False, dropna=False).ngroup()
     blocks = per_seed.pivot(index="block", columns="row", values="test")[per_seed.row.unique()].dropna()
     mean = blocks.rank(axis=1, ascending=False).mean()
-    found = pd.DataFrame({"row": mean.index, "rank": mean.to_numpy(float), "blocks": len(blocks)})
-    found = found.sort_values("rank", kind="stable", ignore_index=True)
+    ranked = pd.DataFrame({"row": mean.index, "rank": mean.to_numpy(float), "blocks": len(blocks)})
+    ranked = ranked.sort_values("rank", kind="stable", ignore_index=True)
     several = blocks.shape[1] > 2 and len(blocks) >= BLOCKS and blocks.nunique(axis=1).gt(1).any()
-    found.attrs["p"] = float(stats.friedmanchisquare(*blocks.to_numpy().T).pvalue) if several else None
-    return found
+    ranked.attrs["p"] = float(stats.friedmanchisquare(*blocks.to_numpy().T).pvalue) if several else None
+    return ranked
 
 # %% ../../nbs/lab/08_results.ipynb #results-020b
 def rank_sentence(
@@ -396,10 +396,10 @@ def wide(
     parts = list(over_seeds.groupby(keys, sort=False, dropna=False))
     size, sizes = _size_texts([part for _, part in parts])
     table = []
-    for (point, part), said in zip(parts, sizes):
+    for (point, part), size_text in zip(parts, sizes):
         cells = {line.task: _score_text(line, study.statistic) for _, line in part.iterrows()}
         complete = len(cells) == len(tasks)
-        table.append([*map(_point_text, point), said, *(cells.get(task, MISSING) for task in tasks),
+        table.append([*map(_point_text, point), size_text, *(cells.get(task, MISSING) for task in tasks),
                       f"{100 * part[study.statistic].mean():.1f}" if complete else MISSING])
     shown = pd.DataFrame(table, columns=[*keys, size, *tasks, "average"])
     return shown if len(tasks) > 1 else shown.drop(columns="average")
@@ -453,13 +453,13 @@ def cost(
     spent = [_spent(question, result, home(root, study) / question.id) | _point(question, columns)
              for question, result in answered]
     keys = ["row", *columns.values(), "task"]
-    said = ["search_seconds", "retrain_seconds", "passes", "search_memory_mb"]
-    runs = pd.DataFrame(spent, columns=[*keys, *said]).astype(dict.fromkeys(said, float))
+    measures = ["search_seconds", "retrain_seconds", "passes", "search_memory_mb"]
+    runs = pd.DataFrame(spent, columns=[*keys, *measures]).astype(dict.fromkeys(measures, float))
     groups = runs.dropna(subset="search_seconds").groupby(keys, sort=False, dropna=False)
-    found = groups[said].mean().reset_index()
-    found.insert(len(keys), "runs", groups.size().to_numpy())
-    found.insert(len(keys) + 3, "ratio", found.search_seconds / found.retrain_seconds)
-    return found
+    means = groups[measures].mean().reset_index()
+    means.insert(len(keys), "runs", groups.size().to_numpy())
+    means.insert(len(keys) + 3, "ratio", means.search_seconds / means.retrain_seconds)
+    return means
 
 # %% ../../nbs/lab/08_results.ipynb #results-030a
 def cost_table(
@@ -577,18 +577,18 @@ class Outcome:
            root: str | os.PathLike = "reports",  # folder of all studies
            ) -> "Outcome":
         "What there is of a study by now."
-        runs, found = runs_frame(study, root), scores(study, root)
+        runs, frame = runs_frame(study, root), scores(study, root)
         points = runs[["method", *grid_columns(study).values(), "task"]].astype(str)
         order = dict(zip(runs.run_id, points.groupby(list(points), sort=False).ngroup()))
-        found = found.iloc[found.run_id.map(order).argsort(kind="stable")].reset_index(drop=True)
-        return cls(study, Path(root), runs, found)
+        frame = frame.iloc[frame.run_id.map(order).argsort(kind="stable")].reset_index(drop=True)
+        return cls(study, Path(root), runs, frame)
 
 
 def run_scores(
     outcome: Outcome,
 ) -> pd.Series:  # by run id
     "Test score of each run: of the searched structure, or of the first one where none was searched."
-    found = outcome.scores
-    score = found.groupby("run_id").test.first()
-    score.update(found[found.label == SEARCHED].groupby("run_id").test.mean())
+    frame = outcome.scores
+    score = frame.groupby("run_id").test.first()
+    score.update(frame[frame.label == SEARCHED].groupby("run_id").test.mean())
     return score

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from plotly.offline import get_plotlyjs
 from synthetic import N_FIGURES, PRUNE_TEMPLATE, candidates, execute_notebook, make_pruned, make_run
-from written import EVIL as IMAGE, fill, make_study
+from written import EVIL as IMAGE, faulty_study, fill, make_study
 
 from s3pet_nb.core import table
 from s3pet_nb.lab.page import (body_html, command, facts, index, report, static_notebook, stopped_by_hand,
@@ -372,20 +372,11 @@ def test_browser_opens_the_index_and_follows_its_link(browser, run):
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory):
-    "A study of which one run failed, one result is torn, three gates are lost, and four runs were not begun."
-    root = tmp_path_factory.mktemp("studies")
-    study = make_study(root)
-    runs = fill(study, root / "reports", leave=4)
-    (runs[0].folder / "result.json").unlink()
-    write_json(runs[0].folder / "error.json", {"error": f"ValueError: no column {IMAGE}"})
-    (runs[1].folder / "result.json").write_text('{"task": "glue/co')
-    (runs[3].folder / "gates.csv").unlink()
-    text = (runs[4].folder / "gates.csv").read_text()
-    (runs[4].folder / "gates.csv").write_text(text[:len(text) // 2])
-    (runs[5].folder / "gates.csv").write_text("")
+    "A study with faults, and three of its runs have a page."
+    study, root, runs = faulty_study(tmp_path_factory.mktemp("studies"))
     for run in runs[6:9]:
         (run.folder / "report.html").write_text("<!DOCTYPE html><title>a run</title>")
-    return study, root / "reports", runs
+    return study, root, runs
 
 
 @pytest.fixture(scope="module")

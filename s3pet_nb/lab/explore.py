@@ -51,11 +51,11 @@ import torch
 from plotly.subplots import make_subplots
 from scipy.stats import t
 
-from ..core import UnknownName
+from ..core import UnknownName, column_texts
 from .live import LiveFigures
-from .plot import (GREY, INK, LAB_STYLE, SYMBOLS, as_text, column_texts, comparison_frame,
-                               draw_mean_p, draw_p, draw_share, lay_out, legend_below, mean_p_frame, p_frame,
-                               phase_lines, plain_figure, plot_sizes, share_frame)
+from .plot import (GREY, INK, LAB_STYLE, SYMBOLS, as_text, comparison_frame, draw_mean_p, draw_p,
+                               draw_share, lay_out, legend_below, mean_p_frame, p_frame, phase_lines,
+                               plain_figure, plot_sizes, share_frame)
 from .store import FILES, Run, attempt, run_folders, structure_kind
 from ..model.gate import GATES, Annealed, Gate, gate_of, geometric
 from ..model.structure import Structure, select

@@ -9,9 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from written import EVIL, faulty_study, fill, make_study
 
-from s3pet_nb.lab.results import cost, differences, ranks, save_tables, scores, summary, transfer, wide
-from s3pet_nb.lab.store import Run
+from s3pet_nb.lab.results import (Outcome, best_of, cost, difference_sentences, difference_table, differences,
+                                  gates_frame, heat_frames, progress_text, rank_sentence, ranks, run_scores,
+                                  runs_frame, save_tables, scores, summary, sweep_frame, transfer, wide)
+from s3pet_nb.lab.store import Run, write_json
 from s3pet_nb.lab.study import Study, checked
 
 PARAMETERS = """\
@@ -494,3 +497,132 @@ def test_a_study_without_results_has_empty_tables(make, root, tmp_path):
     assert all("budget" in table for table in made if "blocks" not in table)
     assert ranks(frame).attrs["p"] is None
     assert all(path.is_file() for path in save_tables(study, root, tmp_path))
+
+
+# ---------------------------------------------------------------------------- every run, and what a page says
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    return faulty_study(tmp_path_factory.mktemp("studies"))
+
+
+def test_every_run_has_a_state_and_a_reason(faulty):
+    study, root, runs = faulty
+    frame = runs_frame(study, root)
+    assert frame.state.value_counts().to_dict() == {"done": 66, "missing": 5, "failed": 1}
+    assert frame.why[:3].tolist() == [f"ValueError: no column {EVIL}", "its result.json cannot be read", ""]
+    assert progress_text(frame[frame.state == "done"]) == "All 66 runs are done."
+    assert progress_text(frame[frame.state == "done"].head(1)) == "The one run is done."
+
+
+@pytest.mark.parametrize("error, state, why", [
+    (None, "missing", "it has not ended"), ("{", "failed", "its error.json cannot be read"),
+    ('{"error": "full"}', "failed", "full")])
+def test_a_run_that_did_not_end_says_why(tmp_path, error, state, why):
+    study = make_study(tmp_path, grid={}, seeds=[0], methods={})
+    run, = fill(study, tmp_path / "reports")
+    (run.folder / "result.json").unlink()
+    if error:
+        (run.folder / "error.json").write_text(error)
+    assert runs_frame(study, tmp_path / "reports")[["state", "why"]].values.tolist() == [[state, why]]
+
+
+def test_a_lost_or_torn_file_of_gates_is_named(faulty):
+    study, root, runs = faulty
+    for run, why in ((runs[3], "no gates.csv"), (runs[4], "a gates.csv that is cut off"),
+                     (runs[5], "a gates.csv that cannot be read")):
+        with pytest.raises(ValueError, match=why):
+            gates_frame(run)
+    assert gates_frame(runs[8]).attrs == {"budget": runs[8].result["budget"], "run": runs[8].id}
+    sentences, frames = heat_frames(study, runs_frame(study, root))
+    assert f"One run is left out for no gates.csv: {runs[3].id}." in sentences and len(sentences) == 3
+    assert "S3PET, budget 5e-05: mean p over 10 runs" in frames and len(frames) == 6
+
+
+def test_gates_cut_between_two_rows_are_no_shorter_space(tmp_path):
+    study = make_study(tmp_path, grid={}, seeds=[0], methods={})
+    run, = fill(study, tmp_path / "reports")
+    lines = (run.folder / "gates.csv").read_text().splitlines(keepends=True)
+    (run.folder / "gates.csv").write_text("".join(lines[:-3]))
+    with pytest.raises(ValueError, match="cut off"):
+        gates_frame(run)
+
+
+@pytest.mark.parametrize("row", [{"test": 0.5}, {"label": "searched", "test": "n/a"}, "searched"])
+def test_rows_that_make_no_sense_are_left_out_and_said(tmp_path, row):
+    study = make_study(tmp_path, grid={"task": ["glue/cola", "glue/rte"]}, methods={}, seeds=[0, 1])
+    root = tmp_path / "reports"
+    runs = fill(study, root)
+    write_json(runs[0].folder / "result.json", runs[0].result | {"rows": [row]})
+    frame = runs_frame(study, root)
+    assert "3 of 4 runs are done, 1 failed" in progress_text(frame)
+    assert "a row without a label, or text for a number" in frame.why[0]
+    assert set(scores(study, root).run_id) == {run.id for run in runs[1:]}
+
+
+def test_ranks_without_a_common_block_say_so(tmp_path):
+    methods = {"one": {"grid": {"budget": [1e-4]}}, "two": {"grid": {"budget": [2e-4]}}}
+    study = make_study(tmp_path, grid={"task": ["glue/cola"]}, methods=methods, seeds=[0, 1])
+    fill(study, tmp_path / "reports")
+    frame = ranks(scores(study, tmp_path / "reports"))
+    assert rank_sentence(frame) == "At no task, seed and point of the grid does every row have a score."
+
+
+def test_prunings_show_the_share_they_kept(tmp_path):
+    study = make_study(tmp_path, grid={"task": ["glue/cola", "glue/rte"]}, seeds=[0, 1],
+                       methods={"S3PET": {}, "first-order": {"params": {"criterion": "first-order"}}})
+    fill(study, tmp_path / "reports")
+    runs = runs_frame(study, tmp_path / "reports")
+    sentences, frames = heat_frames(study, runs)
+    assert sentences == [] and list(frames) == [
+        "S3PET: mean p over 4 runs", "first-order: mean share kept over 4 runs"]
+    assert "share" in frames["first-order: mean share kept over 4 runs"]
+    _, frames = heat_frames(study, runs, by_task=True)
+    assert len(frames) == 4 and list(frames)[0] == "S3PET, task glue/cola: mean p over 2 runs"
+
+
+def test_runs_that_only_moved_structures_have_no_heatmap(tmp_path):
+    tasks = ["glue/cola", "glue/rte"]
+    study = make_study(tmp_path, params={"targets": tasks}, grid={"task": tasks}, methods={}, seeds=[0, 1])
+    fill(study, tmp_path / "reports")
+    assert heat_frames(study, runs_frame(study, tmp_path / "reports")) == (
+        ["No run has searched or pruned yet."], {})
+    assert transfer(scores(study, tmp_path / "reports")).source.tolist() == ["glue/cola", "", "glue/rte"]
+
+
+def test_a_sweep_has_one_point_for_what_no_budget_changes(faulty):
+    study, root, _ = faulty
+    found = scores(study, root)
+    frame = sweep_frame(found)
+    assert (frame[frame.label == "bitfit"].groupby(["row", "task"]).size() == 1).all()
+    assert (frame[frame.label == "searched"].groupby(["row", "task"]).size() == 3).all()
+    bitfit = frame[frame.label == "bitfit"].iloc[0]
+    same = found[(found.row == bitfit.row) & (found.task == bitfit.task)]
+    assert bitfit["mean"] == pytest.approx(same.groupby("seed").test.mean().mean())
+    assert set(frame.line) == set(found.row)
+
+
+def test_the_rows_of_an_outcome_are_in_the_order_of_the_study(faulty):
+    study, root, runs = faulty
+    outcome = Outcome.of(study, root)
+    assert outcome.scores.method.drop_duplicates().tolist() == list(study.methods)
+    searched = outcome.scores[outcome.scores.label == "searched"].set_index("run_id").test
+    assert run_scores(outcome)[searched.index].equals(searched) and len(run_scores(outcome)) == 66
+
+
+def test_differences_in_words(faulty):
+    study, root, _ = faulty
+    frame = differences(study, Outcome.of(study, root).scores)
+    sentences, shown = difference_sentences(frame), difference_table(frame)
+    assert len(sentences) == 6 and sentences[0].startswith("S3PET, budget 5e-05: ahead of random in ")
+    assert len(shown) == len(frame) and list(shown)[:4] == ["row", "against", "budget", "task"]
+    assert difference_sentences(frame.iloc[:0]) == [
+        "There is no pair yet of a searched structure and what it is compared with."]
+
+
+@pytest.mark.parametrize("texts, best", [
+    (["59.3 ± 4.8", "61.0", "–"], [False, True, False]), (["7", "7"], [True, True]),
+    (["–", "–"], [False, False]), (["-1.0", "-2.0"], [True, False])])
+def test_the_best_of_a_column(texts, best):
+    assert best_of(pd.Series(texts), [True] * len(texts)) == best

@@ -13,7 +13,7 @@ import torch
 from synthetic import make_run
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.lab.store import Run, plain, run_folders, run_id, runs, write_json
+from s3pet_nb.lab.store import Run, faults, flatten, home, plain, run_folders, run_id, unreadable, write_json
 
 PARAMS = {"task": "agreement", "budget": 2e-4, "seed": 0}
 
@@ -209,18 +209,16 @@ def test_a_run_shows_itself_small_and_escaped(tmp_path):
     assert "&lt;script&gt;" in shown and "<script>" not in shown and len(shown) < 2000
 
 
-def test_runs_has_a_row_for_each_finished_run(tmp_path):
+def test_the_runs_of_one_study_or_of_all_are_found_by_study_and_name(tmp_path):
     finished = make_run(tmp_path, steps=12)
-    make_run(tmp_path, steps=12, seed=1, finished=False)
+    unfinished = make_run(tmp_path, steps=12, seed=1, finished=False)
     other = make_run(tmp_path, steps=12, study="other")
-    frame = runs(tmp_path)
-    assert frame.run_id.tolist() == [finished.id, other.id] and frame.study.tolist() == ["demo", "other"]
-    row = frame.iloc[0]
-    assert row["params.budget"] == 2e-4 and row["budget"] == 4542
-    assert row["space.n_params"] == 87_168 and row["search.best_step"] == 10
-    assert [entry["label"] for entry in row["rows"]][:2] == ["searched", "random-1"]
-    assert runs(tmp_path, "other").run_id.tolist() == [other.id]
-    assert len(run_folders(tmp_path)) == 3
+    found = run_folders(tmp_path)
+    assert [(run.study, run.id) for run in found] == [
+        *sorted([("demo", finished.id), ("demo", unfinished.id)]), ("other", other.id)]
+    assert [run.id for run in run_folders(tmp_path, "other")] == [other.id]
+    flat = dict(flatten(finished.result))
+    assert flat["space.n_params"] == 87_168 and flat["search.best_step"] == 10 and "rows" not in flat
 
 
 def test_every_folder_with_a_part_of_a_run_is_found(tmp_path):
@@ -234,13 +232,39 @@ def test_every_folder_with_a_part_of_a_run_is_found(tmp_path):
         run_folders(tmp_path, "stady")
 
 
-def test_runs_of_nothing_and_of_an_unknown_study(tmp_path):
-    assert runs(tmp_path / "nowhere").empty and list(runs(tmp_path).columns) == [
-        "study",
-        "run_id",
-        "folder",
-        "rows",
-    ]
-    make_run(tmp_path, steps=6)
-    with pytest.raises(UnknownName, match="did you mean 'demo'"):
-        runs(tmp_path, "demos")
+@pytest.mark.parametrize("folder, name", [("", "mine"), ("theirs", "theirs")])
+def test_a_studys_runs_are_in_its_folder_or_in_another_studys(tmp_path, folder, name):
+    class Asked:
+        pass
+
+    asked = Asked()
+    asked.name, asked.folder = "mine", folder
+    assert home(str(tmp_path), asked) == tmp_path / name
+
+
+@pytest.mark.parametrize("name, content, fault, lost", [
+    ("log.jsonl", None, "no log.jsonl", True),
+    ("result.json", None, "no result.json", True),
+    ("params.json", b"", "a params.json that is no JSON object", True),
+    ("structure.json", b"[]", "a structure.json that is no JSON object", True),
+    ("result.json", b"{\"task\": \"agr", "a result.json that is no JSON object", True),
+    ("result.json", b"\xff\xfe", "a result.json that is no JSON object", True),
+    ("log.jsonl", b"{}\n{", "a log.jsonl whose last line is cut off", False),
+    ("log.jsonl", b"", None, False),
+    ("log.jsonl", b"{}\n", None, False)])
+def test_what_a_folder_lacks_is_said(tmp_path, name, content, fault, lost):
+    run = make_run(tmp_path, steps=6)
+    assert faults(run) == []
+    (run.folder / name).unlink()
+    if content is not None:
+        (run.folder / name).write_bytes(content)
+    assert faults(run) == faults(run, [name]) == ([fault] if fault else [])
+    assert unreadable(run.folder / name) == (fault if lost else None)
+
+
+def test_faults_are_in_the_order_of_the_files_and_only_of_those_asked_for(tmp_path):
+    run = make_run(tmp_path, steps=6)
+    for name in "result.json", "params.json":
+        (run.folder / name).unlink()
+    assert faults(run) == ["no params.json", "no result.json"]
+    assert faults(run, ["structure.json", "result.json"]) == ["no result.json"]

@@ -8,6 +8,7 @@
 - `s3pet_nb.data.metric`: From labels and predictions to a score
 - `s3pet_nb.data.rows`: Rows of text: read from files or the hub, checked, compared and split
 - `s3pet_nb.data.task`: GLUE, SuperGLUE, the project's own agreement task, or rows of yours: splits, labels, metrics
+- `s3pet_nb.lab.example`: A small finished run, made of plain numbers, to try figures and pages on
 - `s3pet_nb.lab.explore`: Finished runs side by side: one search under any budget, structures compared, averages and sweeps
 - `s3pet_nb.lab.live`: A run that is watched while it goes on, and steered
 - `s3pet_nb.lab.lock`: A run has one owner at a time: a lock with a heartbeat, taken over when its owner is dead

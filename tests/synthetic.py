@@ -293,9 +293,9 @@ TEMPLATE = [
     (
         "code",
         "",
-        "import sys\nimport pandas as pd\nimport plotly.io\nfrom s3pet_nb.lab.store import Run\n"
+        "import sys\nimport pandas as pd\nimport plotly.io\nfrom s3pet_nb.core import table\nfrom s3pet_nb.lab.store import Run\n"
         "from s3pet_nb.lab.plot import comparison_frame, plot_budget, plot_comparison, plot_loss, plot_p, "
-        "plot_score, structure_frame, table\n"
+        "plot_score, structure_frame\n"
         "plotly.io.renderers.default = 'plotly_mimetype'\nrun = Run(folder)\n"
         "print('progress' + ' bar', file=sys.stderr)",
     ),
@@ -331,15 +331,15 @@ PRUNE_TEMPLATE = [
     (
         "code",
         "",
-        "import plotly.io\nfrom s3pet_nb.lab import plot\nfrom s3pet_nb.lab.store import Run\n"
+        "import plotly.io\nfrom s3pet_nb.core import table\nfrom s3pet_nb.lab import plot\nfrom s3pet_nb.lab.store import Run\n"
         "plotly.io.renderers.default = 'plotly_mimetype'\nrun = Run(folder)",
     ),
     ("md", "", "## What was kept"),
     ("code", "", "plot.plot_share(run).show()"),
-    ("code", "", "plot.table(plot.structure_frame(run), 'The pruned structure')"),
+    ("code", "", "table(plot.structure_frame(run), 'The pruned structure')"),
     ("md", "", "## The comparison"),
     ("code", "", "plot.plot_comparison(run).show()\nplot.plot_sizes(run).show()"),
-    ("code", "", "plot.table(plot.comparison_frame(run))"),
+    ("code", "", "table(plot.comparison_frame(run))"),
     ("code", "", "plot.plot_loss(run).show()\nplot.plot_score(run).show()"),
 ]
 

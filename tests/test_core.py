@@ -1,13 +1,14 @@
-"Whole files: what is left of a writer that was killed, and who removes it."
+"Whole files, and what is left of a writer that was killed; tables."
 import os
 import re
 import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 
-from s3pet_nb.core import lives, write_text, writing
+from s3pet_nb.core import lives, table, write_text, writing
 
 TORN = """\
 import os, signal, sys
@@ -78,3 +79,33 @@ def test_a_file_that_fails_midway_leaves_nothing_and_the_old_one(tmp_path):
         1 / 0
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
     assert (tmp_path / "result.json").read_text() == "old"
+
+
+def test_a_table_escapes_and_aligns():
+    frame = pd.DataFrame({"label": ["<img src=x>", "lora-r1"], "n_params": [41_472, 48], "ratio": [1.86e-4, 0.5],
+                          "test": [0.82, 0.7], "layer": pd.array([3, None], "Int64")})
+    shown = table(frame, "a < b")
+    assert "<img" not in shown and "&lt;img src=x&gt;" in shown and "<caption>a &lt; b</caption>" in shown
+    assert '<td style="text-align:right">41,472</td>' in shown
+    assert '<td style="text-align:left">lora-r1</td>' in shown and ">n params</th>" in shown
+    assert ">1.86e-04<" in shown and ">0.820<" in shown and ">–<" in shown
+    assert shown._repr_html_() == shown and repr(shown) == f"Html of {len(shown):,} characters"
+
+
+def test_a_table_has_bold_cells_links_and_parts():
+    frame = pd.DataFrame({"row": ["a", "b", "c"], "run": ["0123", "x\"y", "<z>"], "part": [1, 1, 2]})
+    shown = table(frame, bold={"row": [False, True, False]}, links={"run": ["../a b/r.html", None, "\"><i>"]},
+                  parted=["part"], target="_blank")
+    lines = shown.splitlines()[1:4]
+    assert [line.startswith('<tr class="begins">') for line in lines] == [False, False, True]
+    assert "<b>b</b>" in lines[1] and shown.count("<b>") == 1
+    assert '<td style="text-align:left"><a href="../a%20b/r.html" target="_blank">0123</a></td>' in lines[0]
+    assert "<i>" not in shown and "<z>" not in shown and "href" not in lines[1]
+
+
+@pytest.mark.parametrize("texts, side", [
+    (["1,234", "–"], "right"), (["59.3 ± 4.8", "7"], "right"), (["−0.2 to 3.4", "< 0.001"], "right"),
+    (["3 of 5", "2 of 5"], "right"), (["21 bitfit, 2 lnfit", "3"], "left"), (["1,2;3", "4"], "left"), ([], "left")])
+def test_numbers_in_words_stand_right_as_well(texts, side):
+    shown = table(pd.DataFrame({"column": pd.Series(texts, dtype=object)}))
+    assert shown.startswith(f'<table class="numbers"><thead><tr><th style="text-align:{side}">')

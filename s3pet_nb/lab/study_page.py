@@ -50,11 +50,11 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from ..core import write_text
+from ..core import column_texts, write_text
 from . import results
 from .page import STYLE, figure_html
-from .plot import (BLUE, GREY, INK, LAB_STYLE, as_text, column_texts, draw_mean_p, draw_share,
-                               lay_out, legend_below, mean_p_frame, phase_lines, plain_figure, share_frame)
+from .plot import (BLUE, GREY, INK, LAB_STYLE, as_text, draw_mean_p, draw_share, lay_out,
+                               legend_below, mean_p_frame, phase_lines, plain_figure, share_frame)
 from .results import MISSING, SEARCHED
 from .store import Run, attempt
 from .study import DATA_DIR, Study

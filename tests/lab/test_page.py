@@ -10,9 +10,10 @@ import pytest
 from plotly.offline import get_plotlyjs
 from synthetic import N_FIGURES, PRUNE_TEMPLATE, execute_notebook, make_pruned, make_run
 
+from s3pet_nb.core import table
 from s3pet_nb.lab.page import (command, facts, head_html, index, report, static_notebook, stopped_by_hand,
                                stopped_early)
-from s3pet_nb.lab.plot import comparison_frame, plot_sizes, table
+from s3pet_nb.lab.plot import comparison_frame, plot_sizes
 from s3pet_nb.lab.store import Run
 
 EVIL = "<script>alert(1)</script>"
@@ -188,7 +189,7 @@ def test_a_result_with_full_finetuning_and_other_baselines_is_shown(tmp_path):
              "test": 0.9}
     run.save_result({**result, "rows": [*rows, {**rows[0], "label": "bitfit-cut", "test": 0.7}, tuned]})
     shown = [{"application/vnd.plotly.v1+json": json.loads(plot_sizes(run).to_json())},
-             {"text/html": table(comparison_frame(run)).data}]
+             {"text/html": table(comparison_frame(run))}]
     outputs = [nbformat.v4.new_output("display_data", data) for data in shown]
     cells = [nbformat.v4.new_code_cell("show(run)", outputs=outputs)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), run.folder / "run.ipynb")

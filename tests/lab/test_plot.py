@@ -9,11 +9,11 @@ import pytest
 import torch
 from synthetic import RETRAININGS, candidates, make_pruned, make_run
 
+from s3pet_nb.core import table
 from s3pet_nb.lab.plot import (budget_frame, comparison_frame, draw_mean_p, loss_frame, mean_p_frame,
-                               median_frame, mixed_frame, p_frame, p_grid, phase_lines, plot_budget,
-                               plot_budgets, plot_comparison, plot_loss, plot_mean_p, plot_mixed, plot_p,
-                               plot_score, plot_share, plot_sizes, score_frame, share_frame, structure_frame,
-                               table)
+                               mixed_frame, p_frame, p_grid, phase_lines, plot_budget, plot_budgets,
+                               plot_comparison, plot_loss, plot_mean_p, plot_mixed, plot_p, plot_score,
+                               plot_share, plot_sizes, score_frame, share_frame, structure_frame)
 from s3pet_nb.lab.store import Run
 from s3pet_nb.model.backbone import tiny
 from s3pet_nb.model.space import make_space
@@ -180,6 +180,30 @@ def test_a_mean_of_frames_is_that_of_their_runs(tmp_path):
     frame = mean_p_frame([p_frame(run) for run in runs])
     pd.testing.assert_frame_equal(frame, mean_p_frame(runs))
     assert draw_mean_p(frame).to_json() == plot_mean_p(runs).to_json()
+
+
+def test_p_under_another_budget_is_the_gates_and_what_it_selects(run):
+    records = run.records()
+    gate = {"kind": "ShiftedSigmoid", "tau": 1.0, "beta": 1.0, "scope": "global"}
+    space, last = records[0], next(record for record in reversed(records) if record["event"] == "gates")
+    same, wide = (p_frame([space, last | {"gate": gate}], B=B) for B in (4542, 9000))
+    assert same.p.tolist() == pytest.approx(last["p"], abs=1e-6)
+    assert wide.p @ wide.n == pytest.approx(9000, abs=1e-6) and wide.attrs["budget"] == 9000
+    assert same.n[same.selected].sum() <= 4542 < wide.n[wide.selected].sum() <= 9000
+    assert p_frame([space, last]).selected.equals(same.selected)
+    with pytest.raises(ValueError, match="the log does not say its gate at step 60"):
+        p_frame([space, last], B=9000)
+    with pytest.raises(ValueError, match="an alpha that is not a number"):
+        p_frame([space, last | {"gate": gate, "alpha": [None] * 110}], B=9000)
+
+
+def test_what_a_structure_keeps_is_selected_whatever_p_says(run):
+    records = run.records()
+    kept = p_frame(records, step=0, structure=run.structure)
+    pd.testing.assert_series_equal(kept.selected, p_frame(run).selected)
+    assert not p_frame(records, step=0, structure={"modules": []}).selected.any()
+    with pytest.raises(ValueError, match="the log has logged no record 'gates'"):
+        p_frame(records[:1])
 
 
 def test_a_log_is_read_once_for_its_frame(run, monkeypatch):
@@ -470,40 +494,6 @@ def test_structure_frame_of_a_file_as_it_is_saved(tmp_path):
     assert frame.score.tolist() == pytest.approx(scores[1:].tolist()) and "p" not in frame
 
 
-def test_medians_over_seeds(structured):
-    for run, shift in zip(structured, (0.0, 0.05, 0.01)):
-        rows = [row | {"test": row["test"] + shift} for row in run.result["rows"]]
-        run.save_result({**run.result, "rows": rows})
-    frame = median_frame(structured)
-    assert list(frame) == ["task", "label", "seeds", "validation", "validation_low", "validation_high",
-                           "test", "test_low", "test_high"]
-    assert frame.label.tolist() == ["searched", "random-1", "bitfit", "finetune"]
-    assert set(frame.seeds) == {3} and set(frame.task) == {"glue/cola"}
-    first = frame.iloc[0]
-    assert (first.test, first.test_low, first.test_high) == pytest.approx((0.83, 0.82, 0.87))
-    assert first.validation == first.validation_low == first.validation_high == 0.83
-
-
-def test_a_median_mixes_no_two_settings(tmp_path):
-    asked = [dict(seed=seed, criterion=criterion, task=task) for task in ("glue/cola", "glue/rte")
-             for criterion in ("first-order", "random") for seed in (0, 1)]
-    frame = median_frame([make_pruned(tmp_path, steps=6, **one) for one in asked])
-    assert list(frame)[:4] == ["task", "criterion", "label", "seeds"] and set(frame.seeds) == {2}
-    assert list(zip(frame.task, frame.criterion))[::4] == [
-        ("glue/cola", "first-order"), ("glue/cola", "random"), ("glue/rte", "first-order"),
-        ("glue/rte", "random")]
-
-
-def test_a_seed_counts_once_in_a_median(tmp_path):
-    one, other = (make_pruned(tmp_path / name, steps=6) for name in ("old", "new"))
-    with pytest.raises(ValueError, match="two runs of glue/cola with seed 0 and the same parameters"):
-        median_frame([one, other])
-    with pytest.raises(ValueError, match="give at least one"):
-        median_frame([])
-    with pytest.raises(ValueError, match="no result yet"):
-        median_frame([one, make_pruned(tmp_path, steps=6, seed=1, finished=False)])
-
-
 @pytest.mark.parametrize("draw", [plot_share, plot_loss, plot_score, plot_comparison, plot_sizes])
 def test_figures_of_a_pruning_are_small(pruned, draw):
     figure = draw(pruned)
@@ -542,7 +532,7 @@ def test_finetuning_has_no_modules_and_stands_beside_the_others(with_finetune):
     frame = comparison_frame(with_finetune)
     assert frame.modules.isna().tolist() == [False] * 7 + [True] and frame.modules.dtype == "Int64"
     assert frame.ratio.iloc[-1] == 1 and frame.ratio[0] < 1e-3
-    shown = table(frame).data
+    shown = table(frame)
     assert ">–<" in shown and ">22,713,216<" in shown and ">1.00e+00<" in shown
     for label, modules in zip(frame.label, frame.modules):
         assert f">{label}<" in shown and (modules is pd.NA or f">{modules}<" in shown)
@@ -589,16 +579,3 @@ def test_figures_take_their_width_from_the_page_and_are_small(run, draw):
 def test_a_run_without_records_says_what_is_missing(tmp_path, read):
     with pytest.raises(ValueError, match="no record|no structure yet|no result yet"):
         read(Run.create(tmp_path, "study", {}, ""))
-
-
-def test_table_escapes_and_aligns(run):
-    frame = comparison_frame(run)
-    frame.loc[0, "structure"] = "<img src=x>"
-    shown = table(frame, "a < b").data
-    assert "<img" not in shown and "&lt;img src=x&gt;" in shown and "<caption>a &lt; b</caption>" in shown
-    assert (
-        '<td style="text-align:right">41,472</td>' in shown
-        and '<td style="text-align:left">lora-r1</td>' in shown
-    )
-    assert ">1.86e-04<" in shown and ">0.820<" in shown
-    assert ">–<" in table(p_frame(run).tail(3)).data

@@ -45,7 +45,6 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from fastcore.basics import patch
 from plotly.subplots import make_subplots
 from scipy.stats import t
@@ -56,21 +55,16 @@ from .plot import (GREY, INK, LAB_STYLE, SYMBOLS, as_text, comparison_frame, dra
                                draw_share, lay_out, legend_below, mean_p_frame, p_frame, phase_lines,
                                plain_figure, plot_sizes, share_frame)
 from .store import Run, attempt, faults, run_folders, structure_kind, unreadable
-from ..model.gate import Gate, gate_of
-from ..model.structure import Structure, select
+from ..model.structure import Structure
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-008
-def missing(
-    run: Run,
-) -> str:  # empty if nothing is
+def missing(run: Run) -> str:  # empty if nothing is
     "What the folder of a run lacks, as one sentence."
     lost = faults(run)
     return f"Run {run.study}/{run.id} has {' and '.join(lost)}." if lost else ""
 
 
-def pruned(
-    run: Run,
-) -> bool:
+def pruned(run: Run) -> bool:
     "Whether it pruned, and so has no gates."
     return "granularity" in run.params or "kept" in (run.result or {})
 
@@ -109,12 +103,14 @@ def mean_scores(
 def _row(run: Run) -> dict:
     params, structure, result = run.params, run.structure or {}, run.result or {}
     known, kept = {**params, **structure, **result}, structure.get("modules") or []
+    space = structure.get("space") or params.get("space")
     state = "done" if result else "failed" if (run.folder / "error.json").exists() else "not finished"
-    return {"study": run.study, "run": run.id, "task": known.get("task"), "backbone": known.get("backbone"),
-            "space": structure.get("space") or params.get("space"), "method": structure.get("method"),
-            "budget": result.get("budget") or structure.get("budget"), "seed": known.get("seed"),
-            "modules": len(kept) or None, "n_params": sum(module.get("n", 0) for module in kept) or None,
-            "state": state, "missing": " and ".join(faults(run)), **mean_scores(result)}
+    return {"study": run.study, "run": run.id, "task": str(known.get("task") or ""),
+            "backbone": str(known.get("backbone") or ""), "space": str(space or ""),
+            "method": str(structure.get("method") or ""), "seed": known.get("seed"),
+            "budget": result.get("budget") or structure.get("budget"), "modules": len(kept) or None,
+            "n_params": sum(module.get("n", 0) for module in kept) or None, **mean_scores(result),
+            "state": state, "missing": " and ".join(faults(run))}
 
 
 def run_frame(
@@ -122,28 +118,11 @@ def run_frame(
 ) -> pd.DataFrame:  # study, run, task … seed; size of the structure; mean test scores; state, missing
     "One row per run; what it does not say is missing."
     frame = pd.DataFrame([_row(run) for run in runs], columns=COLUMNS)
-    numbers = {name: pd.to_numeric(frame[name], errors="coerce").astype("Int64") for name in NUMBERS}
-    texts = {name: [str(value or "") for value in frame[name]]
-             for name in COLUMNS if name not in (*NUMBERS, *SCORES)}
-    return frame.assign(**numbers, **texts)
+    for name in NUMBERS:
+        frame[name] = pd.to_numeric(frame[name], errors="coerce").astype("Int64")
+    return frame
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-n05
-def _words(text: str, columns: Sequence[str]) -> list[str]:
-    "In small letters and without commas in numbers; `UnknownName` for a column that there is not."
-    words = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.lower()).split()
-    for name in re.findall(r"(?:^|\s)(\w+)=", " ".join(words)):
-        if name not in columns:
-            raise UnknownName("column", name, columns)
-    return words
-
-
-def _holds(row: Mapping, word: str) -> bool:
-    pair = re.fullmatch(r"(\w+)=(.*)", word)
-    if pair is None:
-        return any(word in str(cell).lower() for cell in row.values())
-    return str(row[pair[1]]).lower() == pair[2]
-
-
 def picked(
     frame: pd.DataFrame,  # of `run_frame`
     words: str = "",  # "cola seed=1": a row stays if a cell contains each word, or that column is the value
@@ -151,8 +130,15 @@ def picked(
     ascending: bool = True,
 ) -> pd.DataFrame:  # with the index that the rows had
     "Filtered, in capitals or not, and sorted; what is missing goes last. `UnknownName` for another column."
-    wanted = _words(words, list(frame))
-    kept = [all(_holds(row, word) for word in wanted) for row in frame.to_dict("records")]
+    texts, kept = frame.map(lambda cell: str(cell).lower()), np.full(len(frame), True)
+    for word in re.sub(r"(?<=\d),(?=\d{3}\b)", "", words.lower()).split():
+        column = re.match(r"(\w+)=", word)
+        if column is None:
+            kept &= [any(word in text for text in row) for row in texts.to_numpy()]
+        elif column[1] in frame:
+            kept &= (texts[column[1]] == word[column.end():]).to_numpy()
+        else:
+            raise UnknownName("column", column[1], list(frame))
     return frame[kept].sort_values(by, ascending=ascending, kind="stable", na_position="last")
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-013
@@ -184,9 +170,7 @@ def runs_table(
     return table(shown[["report", *frame]], links={"report": links}, target="_blank")
 
 
-def reports_note(
-    runs: Sequence[Run],
-) -> str:  # empty if there is no report
+def reports_note(runs: Sequence[Run]) -> str:  # empty if there is no report
     "Where the reports are, and what JupyterLab needs to show their figures."
     roots = {Path(os.path.relpath(run.folder.parent.parent)).as_posix() for run in runs
              if (run.folder / "report.html").is_file()}
@@ -218,9 +202,7 @@ def image(
                                      "scale": 2 if form == "png" else 1}}
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-019
-def whole_p_frame(
-    run: Run,
-) -> pd.DataFrame:  # as of `p_frame`
+def whole_p_frame(run: Run) -> pd.DataFrame:  # as of `p_frame`
     "alpha and p of a run; `ValueError` where one of them is not a number."
     frame = p_frame(run)
     holes = int((~np.isfinite(frame[["alpha", "p"]])).any(axis=1).sum())
@@ -229,56 +211,45 @@ def whole_p_frame(
                          f"{frame.attrs['step']:,} of run {run.study}/{run.id}")
     return frame
 
-
+# %% ../../nbs/lab/13_explore.ipynb #explore-n09
 @dataclass(frozen=True)
 class Learned:
     "What one search learned."
 
     frame: pd.DataFrame  # of `p_frame`
-    gate: Gate
     method: str  # of `select`
-    budget: int  # of the search
+
+    @property
+    def budget(self) -> int:
+        "That of the search."
+        return self.frame.attrs["budget"]
 
     def under(self,
               B: int,  # a count; `ValueError` outside the limits
-              ) -> pd.DataFrame:  # as of `p_frame`; attrs: step, budget, method
+              ) -> pd.DataFrame:  # as of `p_frame`
         "p, and what is selected, under a budget."
-        alpha, n = torch.tensor(self.frame.alpha.to_numpy()), torch.tensor(self.frame.n.to_numpy())
-        p = self.gate.p(alpha, self.gate.solve(alpha, n, B))
-        found = self.frame.assign(p=p.numpy(), selected=select(p, n, B, self.method).numpy())
-        found.attrs |= {"budget": B, "method": self.method}
-        return found
+        space = {"event": "space", "candidates": self.frame.to_dict("records")}
+        gates = {"event": "gates", **self.frame.attrs, "alpha": self.frame.alpha.tolist()}
+        return p_frame([space, gates], B=B, method=self.method)
 
-# %% ../../nbs/lab/13_explore.ipynb #explore-n09
+    @property
+    def note(self) -> str:  # empty if there is nothing to say
+        "A sentence where the run's structure is not what its p selects."
+        structure, step = self.frame.selected, self.frame.attrs["step"]
+        if not structure.any() or structure.equals(self.under(self.budget).selected):
+            return ""
+        return (f"The structure of the run is another set than p at step {step:,} selects: it is of other "
+                "alphas, such as a mean, or of another step.")
+
+# %% ../../nbs/lab/13_explore.ipynb #explore-n26
 @patch(cls_method=True)
 def of(cls: Learned, run: Run) -> Learned:
     "Read a run's log; `ValueError` for a log without numbers to compute another budget from."
-    frame = whole_p_frame(run)
-    gate = gate_of(frame.attrs["gate"])
-    if gate is None:
-        raise ValueError(f"run {run.study}/{run.id} logged no gate that is known, so no p can be computed for "
-                         "another budget")
-    learned = cls(frame, gate, run.params.get("method", "greedy"), frame.attrs["budget"])
-    if not np.allclose(learned.under(learned.budget).p, frame.p, atol=1e-6):
+    learned = cls(whole_p_frame(run), run.params.get("method", "greedy"))
+    if not np.allclose(learned.under(learned.budget).p, learned.frame.p, atol=1e-6):
         raise ValueError(f"the p that run {run.study}/{run.id} logged is not what its gate gives under "
                          f"its budget of {learned.budget:,}, so none can be computed for another one")
     return learned
-
-
-@patch(as_prop=True)
-def limits(self: Learned) -> tuple[int, int]:
-    "The smallest budget that pays for a module, and the one that pays for all."
-    return int(self.frame.n.min()), int(self.frame.n.sum())
-
-
-@patch(as_prop=True)
-def note(self: Learned) -> str:  # empty if there is nothing to say
-    "A sentence where the run's structure is not what its p selects."
-    structure, step = self.frame.selected, self.frame.attrs["step"]
-    if not structure.any() or structure.equals(self.under(self.budget).selected):
-        return ""
-    return (f"The structure of the run is another set than p at step {step:,} selects: it is of other "
-            "alphas, such as a mean, or of another step.")
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-022
 def margin(
@@ -295,10 +266,7 @@ def margin(
     return rows.set_axis(["last in"] * len(last) + ["next in"] * len(following))
 
 
-def margin_text(
-    learned: Learned,
-    B: int,
-) -> str:
+def margin_text(learned: Learned, B: int) -> str:
     "Size of the set under a budget and what stands at its margin, in a few sentences."
     frame = learned.under(B)
     kept = frame[frame.selected]
@@ -403,7 +371,8 @@ def plot_jaccard(
               for other, value in row.items()] for one, row in frame.iterrows()]
     return _heatmap("What two structures have in common", 170 + 34 * len(frame), frame.columns, frame.index,
                     z=frame.to_numpy(), zmax=1, text=hover, hovertemplate="%{text}<extra></extra>",
-                    texttemplate="%{z:.2f}", colorbar=dict(thickness=14, title=dict(text="Jaccard index", side="right")))
+                    texttemplate="%{z:.2f}",
+                    colorbar=dict(thickness=14, title=dict(text="Jaccard index", side="right")))
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-n13
 def plot_places(
@@ -532,7 +501,8 @@ class View(widgets.VBox):
         self.says.value = "<br>".join(html.escape(sentence) for sentence in says if sentence)
         self.frames = {name: frame for name, (frame, _) in drawn.items()}
         self.figures = {name: figure for name, (_, figure) in drawn.items() if figure is not None}
-        self.files.value = " · ".join(csv_link(frame, self.file(name)) for name, frame in self.frames.items())
+        links = [csv_link(frame, self.file(name)) for name, frame in self.frames.items()]
+        self.files.value = " · ".join(links)
         self.live.show([plain_figure(figure) | {"config": image(self.file(name), self.form)}
                         for name, figure in self.figures.items()])
 
@@ -650,7 +620,7 @@ def average(
             drawn[name] = frame, draw(frame)
     return says + ["There is no average to show."] * (not drawn), drawn
 
-
+# %% ../../nbs/lab/13_explore.ipynb #explore-n28
 def sweep(
     runs: Mapping[str, Run],  # by what they are called
     split: str = "test",
@@ -697,9 +667,7 @@ KINDS = {  # what makes each view
 }
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-n22
-def close(
-    widget: widgets.Widget,
-) -> None:
+def close(widget: widgets.Widget) -> None:
     "Close a widget and all that is in it."
     for child in getattr(widget, "children", ()):
         close(child)

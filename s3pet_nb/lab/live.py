@@ -54,8 +54,8 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from .log import Tail, Thinned, duration, find_run
-from .plot import (BLUE, GREEN, LAB_STYLE, ORANGE, PINK, draw_p, lay_out, p_title, p_traces,
-                               plain_figure)
+from .plot import (BLUE, GREEN, LAB_STYLE, ORANGE, PINK, draw_p, lay_out, p_frame, p_title,
+                               p_traces, plain_figure)
 from .store import Run, faults, write_json
 from ..learn.learner import Callback, Learner
 from ..model.gate import Gate, gate_of
@@ -80,7 +80,8 @@ def happened(
             return {"saved": f"checkpoint at step {record['step']:,}" if record["saved"] else
                     "no checkpoint, as the run was given no place for one"}
         case "early_stop":
-            return {"ended": f"stopped early at step {record['step']:,}, {record['saved']:.0%} of the steps saved"}
+            saved = f"{record['saved']:.0%} of the steps saved"
+            return {"ended": f"stopped early at step {record['step']:,}, {saved}"}
         case "stopped":
             return {"ended": f"stopped at step {record['step']:,}: {record['reason']}"}
     return {}
@@ -146,21 +147,15 @@ def on_score(self: Watched, record: dict) -> None:
 
 # %% ../../nbs/lab/12_live.ipynb #live-n08
 @patch
-def p(self: Watched) -> torch.Tensor:  # (N,) float64
-    "p at the last look; a p that was no number counts as 0."
-    p = torch.tensor([math.nan if x is None else x for x in self.gates["p"]], dtype=torch.float64)
-    if p.isnan().any():
-        self.hole = self.gates["step"]
-    return p.nan_to_num(0)
-
-
-@patch
 def on_gates(self: Watched, record: dict) -> None:
-    "alpha and p: what would be chosen now, and how that changed."
+    "alpha and p: what would be chosen now, and how that changed; a p that is no number counts as 0."
     if self.space is None:
         return
-    self.gates, before = record, self.chosen
-    p = self.p()
+    p = torch.tensor([math.nan if x is None else x for x in record["p"]], dtype=torch.float64)
+    if p.isnan().any():
+        self.hole = record["step"]
+    p = p.nan_to_num(0)
+    self.gates, before = record | {"p": p.tolist()}, self.chosen
     self.chosen = select(p, self.n, self.space["budget"])
     churn = None if before is None else 1 - jaccard(self.chosen, before)
     self.looks.add({"step": record["step"], "set_size": int(self.n[self.chosen].sum()), "churn": churn,
@@ -190,20 +185,10 @@ def gate(self: Watched) -> Gate | None:
         return None
 
 
-@patch
-def p_frame(self: Watched,
-            B: int | None = None,  # a budget; the run's own if None
-            ) -> pd.DataFrame:
-    "The frame of `plot.p_frame` at the last look; selected is what would be chosen now."
-    p = self.p()
-    if B is not None and self.gate is not None and self.hole != self.gates["step"]:
-        alpha = torch.tensor(self.gates["alpha"], dtype=torch.float64)
-        p = self.gate.p(alpha, self.gate.solve(alpha, self.n, B))
-    frame = pd.DataFrame(self.space["candidates"]).assign(p=p.numpy(), alpha=self.gates["alpha"])
-    frame["selected"] = select(p, self.n, B or self.space["budget"]).numpy()
-    frame = frame.astype({"layer": "Int64", "alpha": float})
-    frame.attrs["step"] = self.gates["step"]
-    return frame[["stack", "layer", "role", "kind", "module", "name", "n", "p", "alpha", "selected"]]
+@patch(as_prop=True)
+def log(self: Watched) -> list[dict]:
+    "What `plot.p_frame` needs of the log to give p at the last look, under any budget."
+    return [self.space, self.gates]
 
 # %% ../../nbs/lab/12_live.ipynb #live-n14
 @patch(as_prop=True)
@@ -359,9 +344,7 @@ def save(self: Steered, learner: Learner, count: int) -> None:
         learner.checkpoint.due = True
 
 
-def stops(
-    run: Run,
-) -> list[dict]:  # phase, step, and the steps that were planned
+def stops(run: Run) -> list[dict]:  # phase, step, and the steps that were planned
     "The searches and trainings of a run that somebody stopped, and where."
     return [{name: record[name] for name in ("phase", "step", "steps")}
             for record in run.records() if record["event"] == "stopped" and record["reason"] == BY_HAND]
@@ -496,9 +479,7 @@ class BudgetSlider(widgets.FloatLogSlider):
         return min(self.high, max(self.low, round(self.value)))
 
 # %% ../../nbs/lab/12_live.ipynb #live-034
-def status(
-    watched: Watched,
-) -> str:
+def status(watched: Watched) -> str:
     "One line: phase, step, pace, what is left, peak memory, what happened last."
     if watched.phase is None:
         return "waiting for the first step"
@@ -533,7 +514,7 @@ class Monitor:
         self.run = find_run(run, root)
         self.watched, self.control = Watched(self.run), Control(self.run.folder)
         self.space, self.heat, self.curves, self.following = None, None, None, None
-        self.fresh, self.read_at, self.draw_at = False, 0.0, 0.0  # something to draw; when to read and to draw
+        self.fresh, self.read_at, self.draw_at = False, 0.0, 0.0  # anything to draw; when to read, to draw
         self.build()
         self.look()
 
@@ -550,9 +531,11 @@ def build(self: Monitor) -> None:
     "Make the controls and the box that holds everything."
     self.pausing = _button("Pause", "pause", "Hold the run",
                             lambda: self.ask(paused=self.pausing.icon == "pause"))
-    self.stopping = _button("Stop", "stop", "End this phase after its next step, with what it found", self.stop)
+    self.stopping = _button("Stop", "stop", "End this phase after its next step, with what it found",
+                            self.stop)
     self.saving = _button("Checkpoint", "save", "Save a checkpoint after this step", self.checkpoint)
-    self.budget = BudgetSlider("budget shown", continuous_update=False, layout=widgets.Layout(width="420px"))
+    self.budget = BudgetSlider("budget shown", continuous_update=False,
+                               layout=widgets.Layout(width="420px"))
     self.budget.observe(lambda _: self.heat and self.draw(), "value")
     self.budget.observe(settle)
     self.line, self.notes, self.live = widgets.HTML(), widgets.HTML(), LiveFigures()
@@ -620,10 +603,9 @@ def draw_heat(self: Monitor) -> None:
         self.budget.stretch(watched.n, self.space["budget"])
         self.budget.disabled = watched.gate is None
     B = self.budget.budget
-    frame = watched.p_frame(None if B == self.space["budget"] else B)
+    frame = p_frame(watched.log, B=None if B == self.space["budget"] else B)
     if self.heat is None:
         self.heat = plain_figure(draw_p(frame))
-        return
     traces = [trace.to_plotly_json() for trace in p_traces(frame)]
     moved = [{name: trace[name] for name in ("z", "text", "x", "y") if name in trace} for trace in traces]
     self.heat = redrawn(self.heat, moved, p_title(frame))
@@ -633,7 +615,9 @@ def draw_heat(self: Monitor) -> None:
 def draw_curves(self: Monitor) -> None:
     "Draw everything that has the steps as its axis."
     frames = self.watched.frames()
-    self.curves = redrawn(self.curves, points(frames), "") if self.curves else plain_figure(plot_curves(frames))
+    if self.curves is None:
+        self.curves = plain_figure(plot_curves(frames))
+    self.curves = redrawn(self.curves, points(frames), "")
 
 # %% ../../nbs/lab/12_live.ipynb #live-n36
 @patch
@@ -710,7 +694,7 @@ def _ipython_display_(self: Monitor) -> None:
 def static(self: Monitor) -> list[go.Figure]:
     "The figures as they are now, without a kernel behind them."
     self.watched.look()
-    heat = [draw_p(self.watched.p_frame())] if self.watched.gates else []
+    heat = [draw_p(p_frame(self.watched.log))] if self.watched.gates else []
     return heat + [plot_curves(self.watched.frames())]
 
 

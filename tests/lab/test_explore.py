@@ -21,7 +21,7 @@ from s3pet_nb.lab.explore import (Explorer, Learned, csv_link, jaccard_frame, ma
                                   reports_note, run_frame, run_labels, runs_table, sweep_frame, trained_frame)
 from s3pet_nb.lab.plot import mean_p_frame, p_frame, share_frame
 from s3pet_nb.lab.store import Run, run_folders, write_json
-from s3pet_nb.model.gate import HardConcrete, ShiftedSigmoid
+from s3pet_nb.model.gate import HardConcrete, ShiftedSigmoid, gate_record
 from s3pet_nb.model.structure import Structure, select
 
 ATTACK = "<img src=x onerror=alert(1)>"
@@ -44,12 +44,11 @@ def run(root):
 
 
 def learned(p, n, budget, gate=ShiftedSigmoid(), method="greedy"):
-    frame = pd.DataFrame({"name": [f"encoder.0.q{i}.lora" for i in range(len(n))], "stack": "encoder",
-                          "layer": 0, "role": [f"q{i}" for i in range(len(n))], "kind": "linear",
-                          "module": "lora", "n": n, "alpha": torch.logit(torch.tensor(p)).tolist()})
-    frame = frame.astype({"layer": "Int64"}).assign(p=p, selected=False)
-    frame.attrs["step"] = 7
-    return Learned(frame, gate, method, budget)
+    space = [{"name": f"encoder.0.q{i}.lora", "stack": "encoder", "layer": 0, "role": f"q{i}", "kind": "linear",
+              "module": "lora", "n": int(size)} for i, size in enumerate(n)]
+    gates = {"step": 7, "alpha": torch.logit(torch.tensor(p)).tolist(), "p": p, "gate": gate_record(gate)}
+    return Learned(p_frame([{"event": "space", "candidates": space, "budget": budget}, {"event": "gates", **gates}]),
+                   method)
 
 
 def rewrite(run, change):
@@ -298,7 +297,7 @@ def test_the_csv_of_a_matrix_has_its_names(root):
 def test_under_its_own_budget_a_search_is_what_it_logged(run):
     found = Learned.of(run)
     frame = found.under(found.budget)
-    assert found.budget == 4542 and found.limits == (384, 87_168)
+    assert found.budget == 4542
     assert frame.p.tolist() == pytest.approx(p_frame(run).p.tolist(), abs=1e-8)
     assert frame.selected.tolist() == p_frame(run).selected.tolist()
 
@@ -320,16 +319,17 @@ def test_p_and_the_set_under_another_budget(run, B):
 
 def test_a_log_whose_gate_is_not_known_shows_the_logged_p_and_says_so(tmp_path):
     run = rewrite(make_run(tmp_path), lambda record: {name: value for name, value in record.items() if name != "gate"})
-    with pytest.raises(ValueError, match="logged no gate that is known"):
+    with pytest.raises(ValueError, match="does not say its gate at step 50"):
         Learned.of(run)
     explorer = Explorer([run])
     explorer.choice.value = "Budget"
-    assert explorer.view.slider.disabled and "logged no gate that is known" in explorer.view.says.value
+    assert explorer.view.slider.disabled and "does not say its gate at step 50" in explorer.view.says.value
     assert explorer.view.frames["p"].p.tolist() == p_frame(run).p.tolist()
 
 
 def test_a_gate_that_does_not_give_the_logged_p_is_refused(tmp_path):
-    run = make_run(tmp_path, tau=0.5)
+    run = make_run(tmp_path)
+    rewrite(run, lambda record: record | {"gate": gate_record(ShiftedSigmoid(tau=0.5))})
     with pytest.raises(ValueError, match="not what its gate gives under its budget of 4,542"):
         Learned.of(run)
     explorer = Explorer([run])
@@ -374,7 +374,7 @@ def test_the_margin_is_where_greedy_selection_changes(seed):
     draw = np.random.default_rng(seed)
     n = draw.integers(1, 12, size=9) * 2
     found = learned(draw.uniform(0.05, 0.95, size=9).round(3).tolist(), n, 30)
-    low, whole = found.limits
+    low, whole = min(n), sum(n)
     sets = {B: found.under(B).selected.to_numpy() for B in range(low, whole + 1)}
     for B in range(low, whole + 1):
         edge = margin(found.under(B))

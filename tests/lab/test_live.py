@@ -89,7 +89,7 @@ def test_p_under_another_budget_is_that_of_the_result(tmp_path, name):
     watched = Watched(run)
     watched.look()
     for B in (result.budget // 2, result.budget * 2):
-        frame = watched.p_frame(B)
+        frame = plot.p_frame(watched.log, B=B)
         structure = result.structure(B)
         assert frame.p.tolist() == pytest.approx(result.gate.p(result.alpha, result.zeta(B)).tolist())
         assert frame[frame.selected].name.tolist() == [module.name for module in structure.modules]

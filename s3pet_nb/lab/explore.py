@@ -211,7 +211,7 @@ def whole_p_frame(run: Run) -> pd.DataFrame:  # as of `p_frame`
                          f"{frame.attrs['step']:,} of run {run.study}/{run.id}")
     return frame
 
-# %% ../../nbs/lab/13_explore.ipynb #explore-n09
+# %% ../../nbs/lab/13_explore.ipynb #explore-n24
 @dataclass(frozen=True)
 class Learned:
     "What one search learned."
@@ -241,7 +241,7 @@ class Learned:
         return (f"The structure of the run is another set than p at step {step:,} selects: it is of other "
                 "alphas, such as a mean, or of another step.")
 
-# %% ../../nbs/lab/13_explore.ipynb #explore-n26
+# %% ../../nbs/lab/13_explore.ipynb #explore-n25
 @patch(cls_method=True)
 def of(cls: Learned, run: Run) -> Learned:
     "Read a run's log; `ValueError` for a log without numbers to compute another budget from."
@@ -620,7 +620,7 @@ def average(
             drawn[name] = frame, draw(frame)
     return says + ["There is no average to show."] * (not drawn), drawn
 
-# %% ../../nbs/lab/13_explore.ipynb #explore-n28
+# %% ../../nbs/lab/13_explore.ipynb #explore-n27
 def sweep(
     runs: Mapping[str, Run],  # by what they are called
     split: str = "test",

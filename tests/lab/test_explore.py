@@ -317,24 +317,16 @@ def test_p_and_the_set_under_another_budget(run, B):
     assert sum(value is not None for row in figure.data[0].z for value in row) == 110
 
 
-def test_a_log_whose_gate_is_not_known_shows_the_logged_p_and_says_so(tmp_path):
-    run = rewrite(make_run(tmp_path), lambda record: {name: value for name, value in record.items() if name != "gate"})
-    with pytest.raises(ValueError, match="does not say its gate at step 50"):
+@pytest.mark.parametrize("gate, reason", [
+    (ShiftedSigmoid(tau=0.5), "not what its gate gives under its budget of 4,542"),
+    (None, "does not say its gate at step 50")])
+def test_a_gate_that_is_not_known_or_does_not_give_the_logged_p_is_refused(tmp_path, gate, reason):
+    run = rewrite(make_run(tmp_path), lambda record: record | {"gate": gate and gate_record(gate)})
+    with pytest.raises(ValueError, match=reason):
         Learned.of(run)
     explorer = Explorer([run])
     explorer.choice.value = "Budget"
-    assert explorer.view.slider.disabled and "does not say its gate at step 50" in explorer.view.says.value
-    assert explorer.view.frames["p"].p.tolist() == p_frame(run).p.tolist()
-
-
-def test_a_gate_that_does_not_give_the_logged_p_is_refused(tmp_path):
-    run = make_run(tmp_path)
-    rewrite(run, lambda record: record | {"gate": gate_record(ShiftedSigmoid(tau=0.5))})
-    with pytest.raises(ValueError, match="not what its gate gives under its budget of 4,542"):
-        Learned.of(run)
-    explorer = Explorer([run])
-    explorer.choice.value = "Budget"
-    assert explorer.view.slider.disabled and "its gate" in explorer.view.says.value
+    assert explorer.view.slider.disabled and reason in explorer.view.says.value
     assert explorer.view.frames["p"].p.tolist() == p_frame(run).p.tolist()
 
 

@@ -13,6 +13,7 @@ from s3pet_nb.lab.store import Run, write_json
 LINEAR = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "wi": (1, 4), "wo": (4, 1)}  # widths / d
 RETRAININGS = ["searched", "random-1", "random-2", "random-3", "lora-r1"]
 METRIC = "accuracy"
+GATE = {"kind": "ShiftedSigmoid", "tau": 1.0, "beta": 1.0, "scope": "global"}  # that of `shifted`
 
 
 def candidate(stack: str, layer: int | None, role: str, kind: str, module: str, n: int) -> dict:
@@ -125,7 +126,7 @@ def make_run(
     def gates(step: int) -> list[float]:
         alpha = [step / steps * a for a in drift]
         p = shifted(alpha, n, budget)[1]
-        run.log({"event": "gates", "phase": "search", "step": step, "alpha": alpha, "p": p})
+        run.log({"event": "gates", "phase": "search", "step": step, "alpha": alpha, "p": p, "gate": GATE})
         return p
 
     run.log({"event": "space", "space": "mix", "candidates": space, "budget": budget})

@@ -16,13 +16,12 @@ from scipy.stats import t
 from synthetic import candidates, make_pruned, make_run, shifted
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.lab.explore import (Explorer, Learned, csv_link, gate_from, jaccard_frame, margin, margin_text,
-                                  missing, picked, places_frame, plot_jaccard, plot_places, plot_sweep,
-                                  plot_trained, plot_under, reports_note, run_frame, run_labels, runs_html,
-                                  sweep_frame, trained_frame)
+from s3pet_nb.lab.explore import (Explorer, Learned, csv_link, jaccard_frame, margin, margin_text, missing, picked,
+                                  places_frame, plot_jaccard, plot_places, plot_sweep, plot_trained, plot_under,
+                                  reports_note, run_frame, run_labels, runs_table, sweep_frame, trained_frame)
 from s3pet_nb.lab.plot import mean_p_frame, p_frame, share_frame
 from s3pet_nb.lab.store import Run, run_folders, write_json
-from s3pet_nb.model.gate import Annealed, HardConcrete, ShiftedSigmoid, gate_record, geometric
+from s3pet_nb.model.gate import HardConcrete, ShiftedSigmoid, gate_record
 from s3pet_nb.model.structure import Structure, select
 
 ATTACK = "<img src=x onerror=alert(1)>"
@@ -45,12 +44,11 @@ def run(root):
 
 
 def learned(p, n, budget, gate=ShiftedSigmoid(), method="greedy"):
-    frame = pd.DataFrame({"name": [f"encoder.0.q{i}.lora" for i in range(len(n))], "stack": "encoder",
-                          "layer": 0, "role": [f"q{i}" for i in range(len(n))], "kind": "linear",
-                          "module": "lora", "n": n, "alpha": torch.logit(torch.tensor(p)).tolist()})
-    frame = frame.astype({"layer": "Int64"}).assign(p=p, selected=False)
-    frame.attrs["step"] = 7
-    return Learned(frame, gate, method, budget)
+    space = [{"name": f"encoder.0.q{i}.lora", "stack": "encoder", "layer": 0, "role": f"q{i}", "kind": "linear",
+              "module": "lora", "n": int(size)} for i, size in enumerate(n)]
+    gates = {"step": 7, "alpha": torch.logit(torch.tensor(p)).tolist(), "p": p, "gate": gate_record(gate)}
+    return Learned(p_frame([{"event": "space", "candidates": space, "budget": budget}, {"event": "gates", **gates}]),
+                   method)
 
 
 def rewrite(run, change):
@@ -244,13 +242,14 @@ def test_labels_are_what_runs_differ_in(root):
     assert run_labels(wide, run_frame(wide)) == run_labels(wide) == ["agreement"]
 
 
-def test_a_report_is_linked_relative_to_the_notebook(tmp_path):
+def test_a_report_is_linked_relative_to_the_notebook(tmp_path, monkeypatch):
     run = Run.create(tmp_path / "my reports", "a study", {"task": "x"}, "")
     frame = run_frame([run])
-    assert "<a " not in runs_html(frame, [run], tmp_path)
-    (run.folder / "report.html").write_text("page")
     (tmp_path / "nbs" / "here").mkdir(parents=True)
-    link = re.search('href="([^"]*)"', runs_html(frame, [run], tmp_path / "nbs" / "here"))[1]
+    monkeypatch.chdir(tmp_path / "nbs" / "here")
+    assert "<a " not in runs_table(frame, [run])
+    (run.folder / "report.html").write_text("page")
+    link = re.search('href="([^"]*)"', runs_table(frame, [run]))[1]
     assert link == f"../../my%20reports/a%20study/{run.id}/report.html"
 
 
@@ -298,7 +297,7 @@ def test_the_csv_of_a_matrix_has_its_names(root):
 def test_under_its_own_budget_a_search_is_what_it_logged(run):
     found = Learned.of(run)
     frame = found.under(found.budget)
-    assert found.budget == 4542 and found.limits == (384, 87_168)
+    assert found.budget == 4542
     assert frame.p.tolist() == pytest.approx(p_frame(run).p.tolist(), abs=1e-8)
     assert frame.selected.tolist() == p_frame(run).selected.tolist()
 
@@ -318,29 +317,16 @@ def test_p_and_the_set_under_another_budget(run, B):
     assert sum(value is not None for row in figure.data[0].z for value in row) == 110
 
 
-def test_the_gate_is_that_of_the_log_before_that_of_the_parameters(run, tmp_path):
-    record = {"step": 50, "gate": gate_record(ShiftedSigmoid(tau=0.3, beta=0.7))}
-    assert gate_from(run, record) == ShiftedSigmoid(tau=0.3, beta=0.7)
-    assert gate_from(run, {"step": 50}) == ShiftedSigmoid()
-    params = {"gate": "local", "tau": 2.0, "tau_end": 0.5, "beta": 0.0, "beta_end": 0.1, "search_steps": 100}
-    asked = Run.create(tmp_path, "s", params, "")
-    schedule = Annealed(ShiftedSigmoid(tau=2.0, scope="local"), tau=geometric(2.0, 0.5),
-                        beta=geometric(1.0, 0.1))
-    assert gate_from(asked, {"step": 25}) == schedule.at(0.25)
-    assert gate_from(asked, {"step": 100}) == schedule.at(1.0)
-    asked.save_result({"search": {"planned": 50}})
-    assert gate_from(asked, {"step": 25}) == schedule.at(0.5)
-    hard = Run.create(tmp_path, "s", {"gate": "hard-concrete", "l0": 0.2}, "")
-    assert gate_from(hard, {"step": 4}).weight == 0.2
-
-
-def test_a_gate_that_does_not_give_the_logged_p_is_refused(tmp_path):
-    run = make_run(tmp_path, tau=0.5)
-    with pytest.raises(ValueError, match="not what its gate gives under its budget of 4,542"):
+@pytest.mark.parametrize("gate, reason", [
+    (ShiftedSigmoid(tau=0.5), "not what its gate gives under its budget of 4,542"),
+    (None, "does not say its gate at step 50")])
+def test_a_gate_that_is_not_known_or_does_not_give_the_logged_p_is_refused(tmp_path, gate, reason):
+    run = rewrite(make_run(tmp_path), lambda record: record | {"gate": gate and gate_record(gate)})
+    with pytest.raises(ValueError, match=reason):
         Learned.of(run)
     explorer = Explorer([run])
     explorer.choice.value = "Budget"
-    assert explorer.view.slider.disabled and "its gate" in explorer.view.says.value
+    assert explorer.view.slider.disabled and reason in explorer.view.says.value
     assert explorer.view.frames["p"].p.tolist() == p_frame(run).p.tolist()
 
 
@@ -380,7 +366,7 @@ def test_the_margin_is_where_greedy_selection_changes(seed):
     draw = np.random.default_rng(seed)
     n = draw.integers(1, 12, size=9) * 2
     found = learned(draw.uniform(0.05, 0.95, size=9).round(3).tolist(), n, 30)
-    low, whole = found.limits
+    low, whole = min(n), sum(n)
     sets = {B: found.under(B).selected.to_numpy() for B in range(low, whole + 1)}
     for B in range(low, whole + 1):
         edge = margin(found.under(B))
@@ -638,7 +624,7 @@ def test_sorting_and_filtering_in_the_cell(root):
     assert view.frames["runs"].budget.is_monotonic_decreasing
     explorer.filter.value = "wide"
     assert explorer.count.value == "1 of 5 runs" and view.frames["runs"].study.tolist() == ["wide"]
-    assert "<td>wide</td>" in view.table.outputs[0]["data"]["text/html"]
+    assert ">wide</td>" in view.table.outputs[0]["data"]["text/html"]
 
 
 def test_a_view_stays_as_it_was_left_until_the_runs_change(root):

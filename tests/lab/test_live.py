@@ -14,7 +14,7 @@ import torch
 
 from s3pet_nb.core import UnknownName
 from s3pet_nb.lab import plot
-from s3pet_nb.lab.live import CURVES, Control, Monitor, Pace, Steered, Watched, points, status
+from s3pet_nb.lab.live import CURVES, Control, Monitor, Steered, Watched, points, rest, status
 from s3pet_nb.lab.log import Tail
 from s3pet_nb.lab.store import Run
 from s3pet_nb.learn.learner import Callback, Checkpoint, Learner, load_state
@@ -89,7 +89,7 @@ def test_p_under_another_budget_is_that_of_the_result(tmp_path, name):
     watched = Watched(run)
     watched.look()
     for B in (result.budget // 2, result.budget * 2):
-        frame = watched.p_frame(B)
+        frame = plot.p_frame(watched.log, B=B)
         structure = result.structure(B)
         assert frame.p.tolist() == pytest.approx(result.gate.p(result.alpha, result.zeta(B)).tolist())
         assert frame[frame.selected].name.tolist() == [module.name for module in structure.modules]
@@ -371,12 +371,12 @@ def test_figures_wait_until_the_browser_has_drawn_those_before(run):
     monitor.live.observe(lambda change: sent.append(change.new), "figures")
     searched(run, steps=8)
     for _ in range(3):
-        monitor.next = monitor.pace.next = 0.0
+        monitor.read_at = monitor.draw_at = 0.0
         step = run.records()[-1]["step"] + 1
         run.log({"event": "step", "phase": "search", "step": step, "steps": 24, "loss": 0.1, "seconds": 9})
         monitor.look_on()
     assert len(sent) == 1
-    monitor.next = monitor.pace.next = 0.0
+    monitor.read_at = monitor.draw_at = 0.0
     drawn(monitor)
     monitor.look_on()
     loss = next(curve for curve in sent[-1][1]["data"] if curve["name"] == "loss")
@@ -476,10 +476,10 @@ def broken(run, how):
 
 
 @pytest.mark.parametrize("how, told", [
-    ("cut", "The last line of the log is cut off."), ("params", "There is no params.json."),
+    ("cut", "There is a log.jsonl whose last line is cut off."), ("params", "There is no params.json."),
     ("log", "There is no log.jsonl."), ("nan", "not a number at step"), ("garbage", "not JSON: 1 lines"),
-    ("structure", "There is no structure.json."), ("result", "result.json is not JSON."),
-    ("torn params", "params.json is empty, or not JSON."), ("gate", ""),
+    ("structure", "There is no structure.json."), ("result", "There is a result.json that is no JSON object."),
+    ("torn params", "There is a params.json that is no JSON object."), ("gate", ""),
 ])
 def test_a_broken_folder_opens_and_says_what_is_missing(tmp_path, how, told):
     run = Run.create(tmp_path, "study", {"seed": 0}, "")
@@ -532,7 +532,12 @@ def test_control_that_is_no_control_asks_for_nothing(run):
 
 
 @pytest.mark.parametrize("cost, wait", [(0.0, 0.25), (0.001, 0.25), (0.01, 1.0), (0.2, 20.0)])
-def test_drawing_takes_its_share_of_the_time_and_no_more(cost, wait):
-    pace = Pace()
-    pace.drawn(100.0, cost)
-    assert not pace.due(100.0 + 0.99 * wait) and pace.due(100.0 + wait)
+def test_drawing_takes_its_share_of_the_time_and_no_more(run, monkeypatch, cost, wait):
+    assert rest(cost) == pytest.approx(wait)
+    monitor = Monitor(run)
+    searched(run, steps=4)
+    monitor.live.seconds = cost  # that a browser took, which comes on top of the kernel's own time
+    monkeypatch.setattr(time, "thread_time", lambda: 0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: 100.0)
+    monitor.look()
+    assert monitor.draw_at == pytest.approx(100.0 + wait)

@@ -21,10 +21,10 @@ from IPython.display import HTML
 from pandas.io.formats.style import Styler
 from torch.utils.data import DataLoader
 
+from ..core import table
 from ..data.batch import scores
 from ..data.rows import Splits
 from ..data.task import Task, find_task
-from .plot import table
 from .store import Run
 from ..learn.protocol import Protocol
 from ..learn.train import BASELINES, TrainResult

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/core.ipynb #core-006
 class UnknownName(LookupError):
-    'A `name` that is not among the `known` ones of its `kind`, such as "task"; the message gives the nearest.'
+    'A `name` that is not among the `known` ones of its `kind`, such as "task"; the message says the nearest'
 
     def __init__(self, kind: str, name: str, known: Iterable[str]):
         known = sorted(known)

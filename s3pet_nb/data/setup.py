@@ -1,15 +1,15 @@
 """A task, a backbone that is asked it, and the loaders between them, in one line
 
-Before anything can be searched or trained, five things have to fit each other: the rows of a task, the form in
-which they are asked, a backbone with the head that this form needs, its tokenizer, and batches. `Setup.of`
-makes all five from two names:
+Before anything can be searched or trained, five things have to fit each other: the rows of a task, the form
+in which they are asked, a backbone with the head that this form needs, its tokenizer, and batches.
+`Setup.of` makes all five from two names:
 
     setup = Setup.of("agreement", "minilm", n_train=640)
     result = search(setup.model, space, setup.delta, setup.alpha, setup.validation, budget=2e-4, score=score)
 
 A search trains the modules on one half of the training rows, `delta`, and judges the gates on the other,
-`alpha`. A training takes all of them, `train`. Each access makes a new loader, which begins its order anew: two
-trainings on `setup.train` see the same batches in the same order.
+`alpha`. A training takes all of them, `train`. Each access makes a new loader, which begins its order anew:
+two trainings on `setup.train` see the same batches in the same order.
 
 What this module does not do: it moves no model to a device, and it searches and trains nothing."""
 

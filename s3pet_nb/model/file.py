@@ -284,8 +284,8 @@ def _values(content: object) -> tuple[dict, str | None]:
     "The fields of a record, still without bits, and the SHA-256 of the masks that belong to it."
     schema = content.get("schema") if isinstance(content, dict) else None
     if type(schema) is not int or schema != SCHEMA:
-        raise ValueError(f"its schema is {str(schema)[:40]!r}, and schema {SCHEMA} is read; make the structure "
-                         f"again, or add what schema {SCHEMA} has more and change the number")
+        raise ValueError(f"its schema is {str(schema)[:40]!r}, and schema {SCHEMA} is read; make the "
+                         f"structure again, or add what schema {SCHEMA} has more and change the number")
     lists = {name: content.get(name) for name in ("rules", "modules")}
     if odd := [name for name, entries in lists.items() if not isinstance(entries, list)]:
         raise ValueError(f"it has no list of {odd[0]}")

@@ -34,13 +34,12 @@ from urllib.parse import quote
 from uuid import uuid4
 
 import jinja2
-import numpy as np
 import psutil
-import torch
-from torch import nn
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # so that a command which cannot run says so before torch is loaded
     import pandas as pd
+    import torch
+    from torch import nn
 
 # %% ../nbs/core.ipynb #core-006
 class UnknownName(LookupError):
@@ -101,11 +100,14 @@ class Registry(Mapping):
 def set_seed(seed: int) -> None:
     "Seed Python, numpy and torch (every device) with one number, 0 ≤ seed < 2**32."
     random.seed(seed)
+    import numpy as np
+    import torch
+
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 # %% ../nbs/core.ipynb #core-017
-def n_params(model: nn.Module) -> int:
+def n_params(model: "nn.Module") -> int:
     "Number of parameters of `model`, on any device; shared ones are counted once."
     return sum(p.numel() for p in model.parameters())
 
@@ -118,7 +120,7 @@ def check_counts(**counts: int) -> None:
 
 # %% ../nbs/core.ipynb #core-020
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: "nn.Module") -> Iterator[None]:
     "`model` in evaluation mode inside; afterwards every part in its own mode again."
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
@@ -129,7 +131,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             part.training = mode
 
 # %% ../nbs/core.ipynb #core-n04
-def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+def to_device(batch: dict[str, "torch.Tensor"], device: "torch.device") -> dict[str, "torch.Tensor"]:
     "The tensors of `batch`, on `device`."
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 

@@ -1,7 +1,10 @@
 "What can be imported from the package itself, and what that costs."
+import re
 import subprocess
 import sys
+import textwrap
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +37,13 @@ def test_a_name_that_is_not_there_is_said_with_those_that_are():
         s3pet_nb.serch
     with pytest.raises(ImportError):
         from s3pet_nb import serch  # noqa: F401
+
+
+def test_the_readme_searches_in_a_few_lines(tmp_path, monkeypatch):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    block = re.search(r"(?m)^    from s3pet_nb import .*\n(?:\n|    .*\n)+", readme)[0]
+    code = textwrap.dedent(block).replace("steps=20", "steps=2").replace("evaluate_every=10", "evaluate_every=2")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    found = s3pet_nb.Structure.load("structure.json")
+    assert 0 < found.n_params <= found.budget == 4542

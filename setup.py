@@ -34,6 +34,6 @@ setup(
               "s3pet_nb.tutorials"],
     package_dir={"s3pet_nb.templates": "nbs/experiments", "s3pet_nb.studies": "nbs/studies",
                  "s3pet_nb.tutorials": "nbs/tutorials"},
-    package_data={"s3pet_nb.templates": ["*.ipynb"], "s3pet_nb.studies": ["*.yml"],
-                  "s3pet_nb.tutorials": ["*.ipynb", "*.json"]},
+    package_data={"s3pet_nb.lab": ["assets/*"], "s3pet_nb.templates": ["*.ipynb"],
+                  "s3pet_nb.studies": ["*.yml"], "s3pet_nb.tutorials": ["*.ipynb", "*.json"]},
 )

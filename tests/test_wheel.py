@@ -71,6 +71,8 @@ def test_templates_and_studies_travel_in_the_wheel(wheel):
         assert names and {f"s3pet_nb/{target}/{name}" for name in names} <= inside
     for module in (ROOT / "s3pet_nb").glob("*.py"):
         assert f"s3pet_nb/{module.name}" in inside
+    assets = {path.name for path in (ROOT / "s3pet_nb" / "lab" / "assets").iterdir()}
+    assert assets >= {"live.js", "page.css"} and {f"s3pet_nb/lab/assets/{name}" for name in assets} <= inside
     assert any(name.endswith("licenses/LICENSE") for name in inside)
     assert not [name for name in inside if name.startswith(("tests", "nbs", "build"))]
 

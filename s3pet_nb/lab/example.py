@@ -15,7 +15,6 @@ __all__ = ['PLACES', 'SIZES', 'STEPS', 'ENDS', 'GATE', 'TRAINED', 'ABOUT', 'exam
            'example_study']
 
 # %% ../../nbs/lab/03_example.ipynb #example-003
-import itertools
 import math
 import os
 
@@ -128,8 +127,7 @@ def example_study(
 ) -> Study:
     "Write eight runs, and give back the study that they are of."
     tasks, budgets, seeds = ["agreement", "agreement-2"], [50, 80], [0, 1]
-    runs = [example_run(root, task, seed, budget)
-            for seed, task, budget in itertools.product(seeds, tasks, budgets)]
+    runs = [example_run(root, task, seed, budget) for seed in seeds for task in tasks for budget in budgets]
     return Study("lesson", "search", grid={"task": tasks, "budget": budgets}, seeds=seeds,
                  title="What an example is worth", show=["table", "differences", "sweep"],
                  ids=[run.id for run in runs])

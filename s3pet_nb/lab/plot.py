@@ -29,13 +29,14 @@ a run goes on."""
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'STYLES', 'INK', 'GRID', 'TEMPLATE', 'LAB_STYLE', 'CLEAR', 'Log',
-           'P_COLUMNS', 'MODULE_LABELS', 'P_SCALE', 'HALVES', 'ROUND', 'DASHES', 'SYMBOLS', 'MISSING', 'SEARCHED',
-           'LEVEL', 'as_text', 'lay_out', 'legend_below', 'phase_lines', 'plain_figure', 'events', 'p_frame', 'p_grid',
-           'p_title', 'p_traces', 'draw_p', 'plot_p', 'mean_p_frame', 'draw_mean_p', 'plot_mean_p', 'share_frame',
-           'draw_share', 'plot_share', 'draw_mean', 'steps_frame', 'budget_frame', 'plot_budget', 'mixed_frame',
-           'plot_mixed', 'loss_frame', 'plot_loss', 'score_frame', 'plot_score', 'structure_frame', 'comparison_frame',
-           'score_columns', 'plot_comparison', 'plot_sizes', 'plot_budgets', 'value_text', 'signed', 'interval_text',
-           'row_lines', 'draw_sweep', 'draw_differences', 'name_cells', 'draw_transfer']
+           'P_COLUMNS', 'MODULE_LABELS', 'P_SCALE', 'DASHED', 'RIGHT', 'HALVES', 'ROUND', 'DASHES', 'RING', 'SYMBOLS',
+           'DOT', 'MISSING', 'SEARCHED', 'LEVEL', 'as_text', 'lay_out', 'legend_below', 'name_ticks', 'phase_lines',
+           'plain_figure', 'events', 'p_frame', 'p_grid', 'p_title', 'p_traces', 'draw_p', 'plot_p', 'mean_p_frame',
+           'draw_mean_p', 'plot_mean_p', 'share_frame', 'draw_share', 'plot_share', 'draw_mean', 'steps_frame',
+           'budget_frame', 'plot_budget', 'mixed_frame', 'plot_mixed', 'loss_frame', 'plot_loss', 'score_frame',
+           'plot_score', 'structure_frame', 'comparison_frame', 'score_columns', 'plot_comparison', 'plot_sizes',
+           'plot_budgets', 'value_text', 'signed', 'interval_text', 'row_lines', 'draw_sweep', 'draw_differences',
+           'draw_matrix', 'draw_transfer']
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-003
 import html
@@ -45,7 +46,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -54,9 +55,6 @@ from plotly.basedatatypes import BaseTraceType
 from plotly.subplots import make_subplots
 
 from .store import Run, structure_kind
-
-if TYPE_CHECKING:
-    import torch
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-010
 BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A9099"
@@ -83,9 +81,7 @@ LAB_STYLE = """<style>
 CLEAR = dict(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")  # layout of such a figure
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-010c
-def as_text(
-    name: object,
-) -> str:
+def as_text(name: object) -> str:
     "What plotly shows as it stands, where it would take tags for markup."
     return html.escape(str(name), quote=False)
 
@@ -94,17 +90,22 @@ def lay_out(
     figure: go.Figure,
     title: str,
     height: int = 340,  # pixels, title and axes included
+    **more: object,  # of plotly's layout, such as its axes
 ) -> go.Figure:
     "`figure` itself, in the layout that all figures share."
     return figure.update_layout(template=TEMPLATE, title_text=title, height=height,
-                                margin=dict(l=64, r=24, t=72, b=52))
+                                margin=dict(l=64, r=24, t=72, b=52), **more)
 
 
-def legend_below(
-    figure: go.Figure,
-) -> go.Figure:
+def legend_below(figure: go.Figure) -> go.Figure:
     "`figure` itself, with the legend under it, where many entries have room."
     return figure.update_layout(legend=dict(yref="container", y=0, yanchor="bottom"), margin_t=48)
+
+
+def name_ticks(names: Iterable[str]) -> dict:
+    "Settings of an axis that has a name at each whole number, as text and never as markup."
+    texts = list(map(as_text, names))
+    return dict(tickvals=list(range(len(texts))), ticktext=texts, ticks="", showgrid=False)
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-010d
 def phase_lines(
@@ -116,9 +117,7 @@ def phase_lines(
     return {phase: {"color": color, "dash": dash} for phase, (dash, color) in styles.items()}
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-from-live
-def plain_figure(
-    figure: go.Figure,
-) -> dict:  # data and layout
+def plain_figure(figure: go.Figure) -> dict:  # data and layout
     "A figure in JSON's types, on no ground of its own, that stays zoomed as it is when it is drawn again."
     return json.loads(figure.update_layout(**CLEAR, uirevision="kept").to_json())
 
@@ -154,18 +153,17 @@ def _place(entry: Mapping) -> tuple:
 def _gates_at(log: Log, gates: Sequence[dict], step: int | None) -> dict:
     "The gates of a step: of a run by default those that gave the structure, else the last."
     by_step = {record["step"]: record for record in gates}
-    if step is None and isinstance(log, Run):
-        step = ((log.result or {}).get("search") or {}).get("best_step")
-        step = step if step in by_step else None
     if step is None:
-        step = max(by_step)
+        result = log.result if isinstance(log, Run) else None
+        best = ((result or {}).get("search") or {}).get("best_step")
+        step = best if best in by_step else max(by_step)
     if step not in by_step:
         raise ValueError(f"no gates were logged at step {step}; "
                          f"choose one of {', '.join(map(str, sorted(by_step)))}")
     return by_step[step]
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-016c
-def _under(gates: Mapping, n: Sequence[int], B: int) -> "torch.Tensor":
+def _under(gates: Mapping, n: Sequence[int], B: int) -> np.ndarray:
     "p of these gates under another budget."
     import torch
 
@@ -176,7 +174,7 @@ def _under(gates: Mapping, n: Sequence[int], B: int) -> "torch.Tensor":
     if gate is None or alpha.isnan().any():
         reason = "does not say its gate" if gate is None else "has an alpha that is not a number"
         raise ValueError(f"the log {reason} at step {gates['step']:,}, so p is known for its own budget only")
-    return gate.p(alpha, gate.solve(alpha, torch.tensor(n), B))
+    return gate.p(alpha, gate.solve(alpha, torch.tensor(n), B)).numpy()
 
 
 def _selected(p: pd.Series, n: Sequence[int], B: int, method: str) -> np.ndarray:
@@ -226,13 +224,11 @@ MODULE_LABELS = {"lora": "LoRA", "bitfit": "BitFit", "lnfit": "LNFit", "adapter"
 
 def _rows(entries: Sequence[Mapping]) -> list[str]:
     "Label of each entry's row; settings are in it where one type of module comes with several."
-    settings = [_settings(entry) for entry in entries]
-    kinds = {(entry["module"], text) for entry, text in zip(entries, settings)}
-    several = [module for module, _ in kinds]
-    labels = [f"{entry['role'].replace('_', ' ')} · {MODULE_LABELS.get(entry['module'], entry['module'])}"
-              for entry in entries]
-    return [f"{label} {text}" if text and several.count(entry["module"]) > 1 else label
-            for entry, label, text in zip(entries, labels, settings)]
+    kinds = [(entry["module"], _settings(entry)) for entry in entries]
+    several = [module for module, _ in set(kinds)]
+    return [f"{entry['role'].replace('_', ' ')} · {MODULE_LABELS.get(module, module)}"
+            + (f" {settings}" if settings and several.count(module) > 1 else "")
+            for entry, (module, settings) in zip(entries, kinds)]
 
 
 def _column(entry: Mapping) -> str:
@@ -246,14 +242,11 @@ def p_grid(
 ) -> tuple[list[str], list[str], pd.DataFrame]:  # row labels, column labels, `frame` with their numbers y, x
     "Where each candidate stands in the heatmap: module types as groups of rows, layers as columns."
     entries = frame.to_dict("records")
-    order, labels = list(dict.fromkeys(frame.module)), _rows(entries)
-    grouped = sorted(zip(frame.module, labels), key=lambda row: order.index(row[0]))
-    rows = list(dict.fromkeys(label for _, label in grouped))
-    present = {_column(entry) for entry in entries}
-    layers = [str(layer) for layer in range(int(frame.layer.max()) + 1)] if frame.layer.notna().any() else []
-    columns = [column for column in ("emb", *layers, "final") if column in layers or column in present]
-    return rows, columns, frame.assign(x=[columns.index(_column(entry)) for entry in entries],
-                                       y=list(map(rows.index, labels)))
+    labels, at = _rows(entries), list(map(_column, entries))
+    rows = list(dict.fromkeys(pd.Series(labels).iloc[pd.factorize(frame.module)[0].argsort(kind="stable")]))
+    layers = [str(layer) for layer in range(int(frame.layer.fillna(-1).max()) + 1)]
+    columns = ["emb"] * ("emb" in at) + layers + ["final"] * ("final" in at)
+    return rows, columns, frame.assign(x=list(map(columns.index, at)), y=list(map(rows.index, labels)))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-021
 def _heatmap(rows: list[str], columns: list[str], placed: pd.DataFrame, form: str) -> go.Heatmap:
@@ -292,12 +285,11 @@ def _group_gaps(placed: pd.DataFrame, n_columns: int) -> go.Scatter:
                   showlegend=False)
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-023
-def _stacks(
-    frame: pd.DataFrame,  # candidates, with value, hover and outlined
-    cell: str,  # how plotly writes a value in a cell
-    outline: str,  # what an outline says
-) -> list[tuple[str, list[str], list[str], list[BaseTraceType]]]:
-    "Of each stack: its name, the labels of rows and columns, and what is drawn."
+def _stacks(frame: pd.DataFrame, cell: str, outline: str) -> list[tuple]:
+    """Of each stack: its name, the labels of rows and columns, and what is drawn.
+
+    `frame` has candidates with value, hover and outlined; `cell` is how plotly writes a value.
+    """
     grids = [(stack, *p_grid(part)) for stack, part in frame.groupby("stack", sort=False)]
     first = [placed.outlined.any() for *_, placed in grids] + [True]
     return [(stack, rows, columns, [_heatmap(rows, columns, placed, cell), _group_gaps(placed, len(columns)),
@@ -305,15 +297,13 @@ def _stacks(
             for k, (stack, rows, columns, placed) in enumerate(grids)]
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-023b
-def _draw(
-    frame: pd.DataFrame,  # candidates, with value, hover and outlined
-    title: str,
-    bar: str,  # title of the colour bar
-    top: float,  # value at its upper end; 0 is at the lower one
-    cell: str,  # how plotly writes a value in a cell
-    tick: str,  # and beside the bar
-    outline: str,  # what an outline says
-) -> go.Figure:
+def _draw(frame: pd.DataFrame, title: str, bar: str, top: float, cell: str, tick: str,
+          outline: str) -> go.Figure:
+    """A panel for each stack, on a scale from 0 to `top`.
+
+    `bar` is the title of the colour bar, `outline` what an outline says; `cell` and `tick` are how plotly
+    writes a value in a cell and beside the bar.
+    """
     panels = _stacks(frame, cell, outline)
     heights = [len(rows) for _, rows, _, _ in panels]
     gap = 56  # pixels between two panels, for the axis of the upper one
@@ -321,16 +311,13 @@ def _draw(
     figure = make_subplots(len(panels), 1, row_heights=heights, vertical_spacing=min(1, gap / body))
     for k, (stack, rows, columns, traces) in enumerate(panels, start=1):
         figure.add_traces(traces, rows=k, cols=1)
-        figure.update_xaxes(tickvals=list(range(len(columns))), ticktext=list(map(as_text, columns)),
-                            range=_span(len(columns), 0.004 * len(columns)),
+        figure.update_xaxes(**name_ticks(columns), range=_span(len(columns), 0.004 * len(columns)),
                             title_text=f"{as_text(stack)} layer", row=k)
-        figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=list(map(as_text, rows)),
-                            range=_span(len(rows), 0.1)[::-1], ticklabelstandoff=4, row=k)
-    figure.update_xaxes(showgrid=False, ticks="").update_yaxes(showgrid=False, ticks="")
-    figure.update_layout(coloraxis=dict(colorscale="Cividis", cmin=0, cmax=top, colorbar=dict(
-        title=dict(text=bar, side="right"), tickformat=tick, thickness=14, lenmode="pixels",
-        len=min(body, 260), y=1, yanchor="top")))
-    return lay_out(figure, title, height=body + 124)
+        figure.update_yaxes(**name_ticks(rows), range=_span(len(rows), 0.1)[::-1], ticklabelstandoff=4, row=k)
+    colorbar = dict(title=dict(text=bar, side="right"), tickformat=tick, thickness=14, lenmode="pixels",
+                    len=min(body, 260), y=1, yanchor="top")
+    return lay_out(figure, title, height=body + 124,
+                   coloraxis=dict(colorscale="Cividis", cmin=0, cmax=top, colorbar=colorbar))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-023c
 P_SCALE = dict(bar="p", top=1, cell=".2f", tick=".1f", outline="selected")
@@ -374,18 +361,18 @@ def plot_p(
     return draw_p(p_frame(run, step))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-026
-def _check_same_space(
-    runs: Sequence[str],  # what each is called
-    spaces: Sequence[Iterable[tuple[str, int]]],  # of each, name and size of every candidate
-) -> None:
-    "`ValueError` if there is no run, and for the first candidate in which one differs from the first run."
-    if not runs:
+def _check_same_space(names: Sequence[str], spaces: Sequence[Iterable[tuple[str, int]]]) -> None:
+    """`ValueError` if there is no run, and for the first candidate in which one differs from the first run.
+
+    `spaces` has, for each run, name and size of every candidate.
+    """
+    if not names:
         raise ValueError("a mean over no run; give at least one")
     first, *others = [[f"{name} ({n:,})" for name, n in space] for space in spaces]
-    for run, other in zip(runs[1:], others):
+    for run, other in zip(names[1:], others):
         for k, (one, two) in enumerate(itertools.zip_longest(first, other, fillvalue="missing")):
             if one != two:
-                raise ValueError(f"candidate {k} is {one} in {runs[0]} and {two} in {run}; "
+                raise ValueError(f"candidate {k} is {one} in {names[0]} and {two} in {run}; "
                                  "a mean needs runs of one space on one backbone")
 
 
@@ -518,20 +505,15 @@ def draw_mean(
     return figure.update_layout(title_text=as_text(title), margin_t=64)
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-036
-def steps_frame(
-    run: Run,
-) -> pd.DataFrame:
+def steps_frame(run: Run) -> pd.DataFrame:
     "Every record `step` of the log, as it was logged; a loss that was not a number is missing."
     return pd.DataFrame(events(run, "step")[0]).drop(columns="event")
 
 
-def budget_frame(
-    run: Run,
-) -> pd.DataFrame:  # step, expected_size, budget, zeta
+def budget_frame(run: Run) -> pd.DataFrame:  # step, expected_size, budget, zeta
     "E[N], B and zeta at every step of the search."
-    steps = steps_frame(run)
-    columns = ["step", "expected_size", "budget", "zeta"]
-    return steps.loc[steps.phase == "search", columns].reset_index(drop=True)
+    search = steps_frame(run).query("phase == 'search'")
+    return search[["step", "expected_size", "budget", "zeta"]].reset_index(drop=True)
 
 
 def _mark_early_stop(figure: go.Figure, run: Run) -> None:
@@ -543,51 +525,45 @@ def _mark_early_stop(figure: go.Figure, run: Run) -> None:
                                              f"{record['saved']:.0%} of the steps saved")
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-036b
-def plot_budget(
-    run: Run,
-) -> go.Figure:
+DASHED = dict(color=INK, width=1.5, dash="dash")
+RIGHT = dict(showgrid=False, tickmode="auto", nticks=6)  # an axis on the right, beside the grid of the left
+
+
+def plot_budget(run: Run) -> go.Figure:
     "E[N] and B in parameters on the left axis, zeta on the right one, over the steps of the search."
     frame = budget_frame(run)
     figure = make_subplots(specs=[[{"secondary_y": True}]])
     curves = {"expected_size": ("E[N], expected size", dict(color=BLUE, width=3)),
-              "budget": ("B, budget", dict(color=INK, width=1.5, dash="dash")),
+              "budget": ("B, budget", DASHED),
               "zeta": ("zeta, shift (right axis)", dict(color=ORANGE, width=2))}
     for column, (name, line) in curves.items():
         figure.add_scatter(x=frame.step, y=frame[column], name=name, line=line, secondary_y=column == "zeta")
-    figure.update_xaxes(title_text="step")
-    figure.update_yaxes(title_text="trainable parameters", rangemode="tozero", tickformat=",",
-                        secondary_y=False)
-    figure.update_yaxes(title_text="zeta", showgrid=False, tickmode="auto", nticks=6, secondary_y=True)
     _mark_early_stop(figure, run)
-    return lay_out(figure, "Expected size against the budget").update_layout(hovermode="x unified")
+    return lay_out(figure, "Expected size against the budget", hovermode="x unified", xaxis_title_text="step",
+                   yaxis=dict(title_text="trainable parameters", rangemode="tozero", tickformat=","),
+                   yaxis2=dict(title_text="zeta", **RIGHT))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-039
-def mixed_frame(
-    run: Run,
-) -> pd.DataFrame:  # step, mixed, order
+def mixed_frame(run: Run) -> pd.DataFrame:  # step, mixed, order
     "Relative size of the second-order term at every step at which it was measured; `ValueError` if at none."
-    steps = steps_frame(run)
-    columns = ["step", "mixed", "order"]
-    frame = steps[steps.phase == "search"].reindex(columns=columns).dropna(subset="mixed")
+    search = steps_frame(run).query("phase == 'search'")
+    frame = search.reindex(columns=["step", "mixed", "order"]).dropna(subset="mixed")
     if frame.empty:
         raise ValueError(f"run {run.study}/{run.id} never measured the second-order term; "
                          "search with measure_every of at least 1")
     return frame.reset_index(drop=True)
 
 
-def plot_mixed(
-    run: Run,
-) -> go.Figure:
+def plot_mixed(run: Run) -> go.Figure:
     "Relative size of the second-order term over the steps, on a logarithmic axis, with a line at 1 %."
     frame = mixed_frame(run)
     figure = go.Figure(go.Scatter(
         x=frame.step, y=frame.mixed, mode="lines+markers", line=dict(color=BLUE, width=2), marker_size=7,
         customdata=frame[["order"]],
         hovertemplate="step %{x}: %{y:.3%}<br>order %{customdata[0]}<extra></extra>"))
-    figure.add_hline(0.01, line=dict(color=INK, width=1.5, dash="dash"))
-    figure.update_xaxes(title_text="step", rangemode="tozero")
-    figure.update_yaxes(title_text="share of the first-order term", type="log", tickformat="~%", dtick="D2")
-    return lay_out(figure, "Relative size of the second-order term; dashed: 1 %", height=300)
+    axis = dict(title_text="share of the first-order term", type="log", tickformat="~%", dtick="D2")
+    return lay_out(figure.add_hline(0.01, line=DASHED), "Relative size of the second-order term; dashed: 1 %",
+                   300, xaxis=dict(title_text="step", rangemode="tozero"), yaxis=axis)
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-042
 HALVES = {"loss": "weights' half", "loss_alpha": "gates' half"}
@@ -607,28 +583,17 @@ def _stage(phase: str) -> str:
     return "search" if phase == "search" else "pruning" if ROUND.fullmatch(phase) else "re-training"
 
 
-def loss_frame(
-    run: Run,
-) -> pd.DataFrame:  # phase, curve, step, loss
+def loss_frame(run: Run) -> pd.DataFrame:  # phase, curve, step, loss
     "One row per step and loss; `curve` says the phase, in the search with the half that the loss is of."
     parts = []
     for phase, part in steps_frame(run).groupby("phase", sort=False):
-        for column, half in HALVES.items() if phase == "search" else [("loss", None)]:
-            curve = f"search, {half}" if half else _curve(phase)
-            parts.append(part[["phase", "step"]].assign(curve=curve, loss=part[column].astype(float)))
+        curves = ({column: f"search, {half}" for column, half in HALVES.items()} if phase == "search"
+                  else {"loss": _curve(phase)})
+        parts += [part[["phase", "step"]].assign(curve=curve, loss=part[column].astype(float))
+                  for column, curve in curves.items()]
     return pd.concat(parts, ignore_index=True)[["phase", "curve", "step", "loss"]]
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-044
-def _panels(phases: Iterable[str]) -> tuple[go.Figure, dict[str, int]]:
-    "Side by side a panel for each stage, and the column of each phase."
-    stages = {phase: _stage(phase) for phase in phases}
-    panels = list(dict.fromkeys(stages.values()))
-    figure = make_subplots(1, len(panels), shared_yaxes=True, horizontal_spacing=0.04)
-    for k, stage in enumerate(panels, start=1):
-        figure.update_xaxes(title_text=f"step of the {stage}", col=k)
-    return figure, {phase: panels.index(stage) + 1 for phase, stage in stages.items()}
-
-
 DASHES = "solid", "dot", "dash", "dashdot", "longdash"
 
 
@@ -640,61 +605,57 @@ def _curve_lines(frame: pd.DataFrame) -> dict[str, dict[str, str]]:
         curve: {"color": INK, "dash": dash} for curve, dash in before}
 
 
-def _legend(figure: go.Figure, curve: str) -> dict:
-    "Name and legend of a curve: all random ones under one entry."
-    name = as_text(structure_kind(curve))
-    return dict(name=name, legendgroup=name, showlegend=name not in {trace.name for trace in figure.data},
-                hovertemplate=f"step %{{x}}: %{{y:.3f}}<extra>{as_text(curve)}</extra>")
+def _panels(frame: pd.DataFrame) -> tuple[go.Figure, list[tuple]]:
+    "Side by side a panel for each stage; and of each curve its points, its line, its legend and its panel."
+    stages, lines, curves, seen = list(frame.phase.map(_stage).unique()), _curve_lines(frame), [], set()
+    figure = make_subplots(1, len(stages), shared_yaxes=True, horizontal_spacing=0.04)
+    for k, stage in enumerate(stages, start=1):
+        figure.update_xaxes(title_text=f"step of the {stage}", col=k)
+    for (phase, curve), part in frame.groupby(["phase", "curve"], sort=False):
+        name = as_text(structure_kind(curve))  # all random ones have one entry
+        legend = dict(name=name, legendgroup=name, showlegend=name not in seen,
+                      hovertemplate=f"step %{{x}}: %{{y:.3f}}<extra>{as_text(curve)}</extra>")
+        curves.append((part, lines[curve], legend, dict(row=1, col=stages.index(_stage(phase)) + 1)))
+        seen.add(name)
+    return figure, curves
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-045
-def plot_loss(
-    run: Run,
-) -> go.Figure:
+def plot_loss(run: Run) -> go.Figure:
     "Training losses, re-trainings in the right panel; every step faint, its running mean strong."
     frame = loss_frame(run)
-    figure, column = _panels(frame.phase)
+    figure, curves = _panels(frame)
     window = max(1, frame.step.max() // 20)
-    lines = _curve_lines(frame)
-    for (phase, curve), part in frame.groupby(["phase", "curve"], sort=False):
-        line, place = lines[curve] | dict(width=1), dict(row=1, col=column[phase])
+    for part, line, legend, place in curves:
         mean = part.loss.rolling(window, min_periods=1).mean()
-        legend = _legend(figure, curve)
         figure.add_scatter(x=part.step, y=mean, line=line | dict(width=2), **legend, **place)
-        figure.add_scatter(x=part.step, y=part.loss, line=line, opacity=0.25, hoverinfo="skip",
-                           legendgroup=legend["legendgroup"], showlegend=False, **place)
-    figure.update_yaxes(title_text="loss", col=1)
+        figure.add_scatter(x=part.step, y=part.loss, line=line | dict(width=1), opacity=0.25,
+                           hoverinfo="skip", legendgroup=legend["legendgroup"], showlegend=False, **place)
     note = f"mean of the last {window} steps; faint: every step" if window > 1 else "every step"
-    return legend_below(lay_out(figure, f"Loss ({note})", height=360))
+    return legend_below(lay_out(figure, f"Loss ({note})", height=360, yaxis_title_text="loss"))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-048
-def score_frame(
-    run: Run,
-) -> pd.DataFrame:  # phase, step, score
+RING = dict(size=15, symbol="circle-open", line_width=2.5)  # around a point of a curve
+
+
+def score_frame(run: Run) -> pd.DataFrame:  # phase, step, score
     "Validation score at every evaluation of every phase."
     return pd.DataFrame(events(run, "score")[0])[["phase", "step", "score"]]
 
 
-def plot_score(
-    run: Run,
-) -> go.Figure:
+def plot_score(run: Run) -> go.Figure:
     "Validation score over the steps, of re-trainings in the right panel."
     frame = score_frame(run)
-    frame["curve"] = frame.phase.map(_curve)
-    figure, column = _panels(frame.phase)
-    lines = _curve_lines(frame)
-    for (phase, curve), part in frame.groupby(["phase", "curve"], sort=False):
-        line = lines[curve] | dict(width=2)
-        figure.add_scatter(x=part.step, y=part.score, mode="lines+markers", marker_size=6, line=line, row=1,
-                           col=column[phase], **_legend(figure, curve))
+    figure, curves = _panels(frame.assign(curve=frame.phase.map(_curve)))
+    for part, line, legend, place in curves:
+        figure.add_scatter(x=part.step, y=part.score, mode="lines+markers", marker_size=6,
+                           line=line | dict(width=2), **legend, **place)
     search = frame[frame.phase == "search"]
     if run.structure and len(search):
         best = search[search.step == _gates_at(run, events(run, "gates")[0], None)["step"]]
-        ring = dict(size=15, color=ORANGE, symbol="circle-open", line_width=2.5)
-        figure.add_scatter(x=best.step, y=best.score, mode="markers", marker=ring, hoverinfo="skip",
-                           name="structure taken here", row=1, col=1)
+        figure.add_scatter(x=best.step, y=best.score, mode="markers", marker=dict(RING, color=ORANGE),
+                           hoverinfo="skip", name="structure taken here", row=1, col=1)
     metric = as_text((run.result or {}).get("metric", "score"))
-    figure.update_yaxes(title_text=f"validation {metric}", col=1)
-    return legend_below(lay_out(figure, "Validation score", height=360))
+    return legend_below(lay_out(figure, "Validation score", 360, yaxis_title_text=f"validation {metric}"))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-051
 def structure_frame(
@@ -705,13 +666,10 @@ def structure_frame(
     n entries are kept of the module's; `of` is there if any module is kept in part, `score` if the structure
     was pruned, `p` if it was searched with gates.
     """
-    if isinstance(source, Run) and source.structure is None:
+    of_run = isinstance(source, Run)
+    structure = source.structure if of_run else json.loads(Path(source).read_text(encoding="utf-8"))
+    if of_run and structure is None:
         raise ValueError(f"run {source.study}/{source.id} has no structure yet; did its search end?")
-    if isinstance(source, Run):
-        structure = source.structure
-    else:
-        with open(source, encoding="utf-8") as file:
-            structure = json.load(file)
     columns = ["stack", "layer", "role", "module", "n", "of", "score", "p"]
     frame = pd.DataFrame(structure["modules"], columns=columns).astype({"layer": "Int64"})
     if (frame["of"].isna() | (frame["of"] == frame["n"])).all():
@@ -732,6 +690,7 @@ def comparison_frame(
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-056
 SYMBOLS = "circle", "diamond", "square", "triangle-up"
+DOT = dict(size=11, opacity=0.85)
 
 
 def score_columns(
@@ -751,26 +710,24 @@ def plot_comparison(
     source: Run | Mapping,  # a finished run, or its result
 ) -> go.Figure:
     "Scores of every re-trained structure: a line for each kind, a symbol for each split, no seed left out."
-    frame = comparison_frame(source)
-    metric = as_text(_result(source)["metric"])
+    frame, metric, figure = comparison_frame(source), as_text(_result(source)["metric"]), go.Figure()
     kind = frame.label.map(structure_kind)
     kinds, splits = list(kind.unique()), score_columns(frame)
-    colour, figure = [phase_lines(kinds)[name]["color"] for name in kind], go.Figure()
+    colour = [phase_lines(kinds)[name]["color"] for name in kind]
     for k, split in enumerate(splits):
         name = as_text(split)
         lane = 0.22 * (k - (len(splits) - 1) / 2)
-        ring = split == "validation"
-        marker = dict(size=11, opacity=0.85, color=colour, line_width=2 if ring else 0,
-                      symbol="circle-open" if ring else SYMBOLS[k % len(SYMBOLS)])
+        symbol, width = ("circle-open", 2) if split == "validation" else (SYMBOLS[k % len(SYMBOLS)], 0)
         figure.add_scatter(
-            x=frame[split], y=kind.map(kinds.index) + lane, mode="markers", name=name, marker=marker,
+            x=frame[split], y=kind.map(kinds.index) + lane, mode="markers", name=name,
+            marker=DOT | dict(color=colour, line_width=width, symbol=symbol),
             text=frame.label.map(as_text), customdata=list(zip(frame.structure.map(as_text), frame.n_params)),
             hovertemplate=f"<b>%{{text}}</b><br>{name} {metric} %{{x:.3f}}<br>%{{customdata[0]}}<br>"
                           "%{customdata[1]:,} parameters<extra></extra>")
-    figure.update_xaxes(title_text=metric)
-    figure.update_yaxes(tickvals=list(range(len(kinds))), range=[len(kinds) - 0.5, -0.5], ticks="",
-                        ticktext=[_kind_label(name, frame[kind == name]) for name in kinds])
-    return lay_out(figure, "Scores of the re-trained structures", height=150 + 66 * len(kinds))
+    labels = [_kind_label(name, frame[kind == name]) for name in kinds]
+    return lay_out(figure, "Scores of the re-trained structures", height=150 + 66 * len(kinds),
+                   xaxis_title_text=metric, yaxis=dict(tickvals=list(range(len(kinds))), ticktext=labels,
+                                                       range=[len(kinds) - 0.5, -0.5], ticks=""))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-059
 _LOG_AXIS = dict(type="log", tickformat="~s", dtick="D2")
@@ -780,19 +737,18 @@ def plot_sizes(
     source: Run | Mapping,  # a finished run, or its result
 ) -> go.Figure:
     "Test score of every re-trained structure against its number of parameters, on a logarithmic axis."
-    frame = comparison_frame(source)
-    metric, figure = as_text(_result(source)["metric"]), go.Figure()
+    frame, metric, figure = comparison_frame(source), as_text(_result(source)["metric"]), go.Figure()
     kind = frame.label.map(structure_kind)
     lines = phase_lines(kind)
     for name, part in frame.groupby(kind, sort=False):
         symbol = SYMBOLS[("solid", "dash", "dot").index(lines[name]["dash"])]
         figure.add_scatter(
             x=part.n_params, y=part.test, mode="markers", name=as_text(name), text=part.label.map(as_text),
-            marker=dict(size=11, opacity=0.85, color=lines[name]["color"], symbol=symbol),
+            marker=DOT | dict(color=lines[name]["color"], symbol=symbol),
             hovertemplate="<b>%{text}</b><br>%{x:,} parameters<br>test %{y:.3f}<extra></extra>")
-    figure.update_xaxes(title_text="trained parameters, a new head left out", **_LOG_AXIS)
-    figure.update_yaxes(title_text=f"test {metric}")
-    return legend_below(lay_out(figure, "Scores against sizes", height=380))
+    lay_out(figure, "Scores against sizes", 380, yaxis_title_text=f"test {metric}",
+            xaxis=dict(title_text="trained parameters, a new head left out", **_LOG_AXIS))
+    return legend_below(figure)
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-065
 def _dropped(names: Sequence[str]) -> str:
@@ -810,8 +766,8 @@ def plot_budgets(
              f"greedy misses {row.gap:.2%} of the best sum of p<br>{_dropped(row.dropped)}"
              for row in frame.itertuples()]
     figure = make_subplots(specs=[[{"secondary_y": True}]])
-    figure.add_scatter(x=frame.budget, y=frame.budget, mode="lines", name="budget", hoverinfo="skip",
-                       line=dict(color=INK, width=1.5, dash="dash"))
+    figure.add_scatter(x=frame.budget, y=frame.budget, mode="lines", name="budget", line=DASHED,
+                       hoverinfo="skip")
     curves = {"n_params": ("parameters used", BLUE), "modules": ("modules (right axis)", ORANGE)}
     for column, (name, colour) in curves.items():
         figure.add_scatter(x=frame.budget, y=frame[column], name=name, line=dict(color=colour, width=2),
@@ -819,12 +775,11 @@ def plot_budgets(
                            secondary_y=column == "modules")
     odd = frame[frame.dropped.map(len) > 0]
     figure.add_scatter(x=odd.budget, y=odd.n_params, mode="markers", name="not nested", hoverinfo="skip",
-                       marker=dict(size=15, color=PINK, symbol="circle-open", line_width=2.5))
-    figure.update_xaxes(title_text="budget", **_LOG_AXIS)
-    figure.update_yaxes(title_text="trainable parameters", **_LOG_AXIS, secondary_y=False)
-    figure.update_yaxes(title_text="modules", rangemode="tozero", showgrid=False, tickmode="auto", nticks=6,
-                        secondary_y=True)
-    return lay_out(figure, f"One search, {len(frame)} budgets", height=380)
+                       marker=dict(RING, color=PINK))
+    return lay_out(figure, f"One search, {len(frame)} budgets", 380,
+                   xaxis=dict(title_text="budget", **_LOG_AXIS),
+                   yaxis=dict(title_text="trainable parameters", **_LOG_AXIS),
+                   yaxis2=dict(title_text="modules", rangemode="tozero", **RIGHT))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-071
 MISSING = "–"
@@ -863,18 +818,17 @@ def row_lines(
 ) -> dict[str, dict[str, str]]:  # color and dash of each row, as plotly names them
     "A line for each row of the tables."
     labels = dict(sorted(zip(frame.row, frame.label), key=lambda pair: pair[1] != SEARCHED))
-    palette = itertools.chain([{"color": BLUE, "dash": "solid"}],
-                              phase_lines(map(str, range(len(labels)))).values())
+    palette = iter(phase_lines([SEARCHED, *map(str, range(len(labels)))]).values())
     greys = ({"color": GREY, "dash": dash} for dash in itertools.cycle(("solid", "dot", "dash")))
     level = {"color": GREY, "dash": "dashdot"}
     return {row: level if label == LEVEL else next(greys if label == "random" else palette)
             for row, label in labels.items()}
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-076
-def _bars(part: pd.DataFrame) -> dict:
+def _bars(part: pd.DataFrame, **style) -> dict:
     "Bars of the 95 % intervals, in points of the score."
     return dict(type="data", symmetric=False, array=100 * (part.high - part["mean"]),
-                arrayminus=100 * (part["mean"] - part.low))
+                arrayminus=100 * (part["mean"] - part.low), **style)
 
 
 def _sweep_trace(part: pd.DataFrame, statistic: str, ends: tuple[float, float], aside: float) -> dict:
@@ -882,7 +836,7 @@ def _sweep_trace(part: pd.DataFrame, statistic: str, ends: tuple[float, float], 
     if (part.label == LEVEL).all():
         y = 100 * part[statistic].mean()
         return dict(x=list(ends), y=[y, y], mode="lines", hovertemplate=f"all weights, {y:.1f}")
-    bars = {} if statistic == "median" else dict(error_y=dict(_bars(part), thickness=1.2, width=3))
+    bars = {} if statistic == "median" else dict(error_y=_bars(part, thickness=1.2, width=3))
     return dict(x=part.n_params * aside, y=100 * part[statistic], mode="lines+markers", marker_size=7,
                 customdata=part[["n_params", "seeds"]], **bars,
                 hovertemplate="%{customdata[0]:,.0f} parameters<br>%{y:.1f}, seeds: %{customdata[1]}")
@@ -945,7 +899,7 @@ def _forest(part: pd.DataFrame, heights: Sequence[int], color: str) -> dict:
              for _, pair in part.iterrows()]
     symbols = ["diamond" if task == "all" else "circle" for task in part.task]
     return dict(x=100 * part["mean"], y=heights, mode="markers", showlegend=False, text=hover,
-                error_x=dict(_bars(part), thickness=2, width=4), hovertemplate="%{text}<extra></extra>",
+                error_x=_bars(part, thickness=2, width=4), hovertemplate="%{text}<extra></extra>",
                 marker=dict(color=color, size=10, symbol=symbols))
 
 
@@ -965,36 +919,36 @@ def draw_differences(
         raise ValueError("there is no pair yet of a searched structure and what it is compared with")
     tasks, one = sorted(frame.task.unique(), key="all".__eq__), frame.line.nunique() == 1
     panel, height = (frame.task * 0, frame.task) if one else (frame.task, frame.line)
-    names = tasks if one else list(frame.line.unique())
-    width = 1 if one else min(5, len(tasks))
-    rows = math.ceil(1 if one else len(tasks) / width)
+    panels, names = ([""], tasks) if one else (tasks, list(frame.line.unique()))
+    width = min(5, len(panels))
+    rows = math.ceil(len(panels) / width)
     body = 26 * len(names) * rows + 96 * (rows - 1)
-    figure, places = _task_panels([""] if one else tasks, width, shared_yaxes=True, horizontal_spacing=0.025,
+    figure, places = _task_panels(panels, width, shared_yaxes=True, horizontal_spacing=0.025,
                                   vertical_spacing=96 / body if rows > 1 else None)
     for (task, row), part in frame.groupby([panel, "row"], sort=False):
         heights = [names.index(name) for name in height[part.index]]
         figure.add_scatter(**places[task], **_forest(part, heights, lines[row]["color"]))
     for task, place in places.items():
         figure.update_xaxes(range=_around_zero(frame[panel == task]), **place)
-    figure.add_vline(0, line=dict(color=INK, width=1.5, dash="dash"))
+    figure.add_vline(0, line=DASHED)
     figure.update_xaxes(nticks=5).update_xaxes(title_text="points of score", row=rows)
-    texts = ["all tasks" if name == "all" and one else as_text(name) for name in names]
-    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=texts, range=[len(names) - 0.4, -0.6],
-                        ticks="", showgrid=False, ticklabelstandoff=6)
+    texts = ["all tasks" if name == "all" and one else name for name in names]
+    figure.update_yaxes(**name_ticks(texts), range=[len(names) - 0.4, -0.6], ticklabelstandoff=6)
     return lay_out(figure, f"Searched minus {as_text(frame.against.iloc[0])}, paired over seeds, with "
                            "95 % intervals; right of zero: ahead", body + 150)
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-084
-def name_cells(
-    figure: go.Figure,  # a heatmap
+def draw_matrix(
+    title: str,
+    height: int,  # pixels
     columns: Iterable[str],
     rows: Iterable[str],
+    **heatmap: object,  # of plotly's Heatmap: z, what is said of a cell …
 ) -> go.Figure:
-    "`figure` itself, with names at its cells, as text and never as markup, the first row on top."
-    for axis, names in (figure.layout.xaxis, list(columns)), (figure.layout.yaxis, list(rows)):
-        axis.update(tickvals=list(range(len(names))), ticktext=[as_text(name) for name in names],
-                    showgrid=False, ticks="", ticklabelstandoff=4)
-    return figure.update_yaxes(autorange="reversed")
+    "A heatmap from 0 with names at its cells, the first row on top."
+    figure = go.Figure(go.Heatmap(zmin=0, colorscale="Cividis", xgap=1, ygap=1, **heatmap))
+    return lay_out(figure, title, height, xaxis=dict(ticklabelstandoff=4, **name_ticks(columns)),
+                   yaxis=dict(ticklabelstandoff=4, autorange="reversed", **name_ticks(rows)))
 
 
 def draw_transfer(
@@ -1008,11 +962,9 @@ def draw_transfer(
     low, high = scores.min(), scores.max()
     hover = [[f"{as_text(name)}<br>trained on {as_text(target)}: {score:.1f}"
               for target, score in row.items()] for name, (_, row) in zip(names, scores.iterrows())]
-    figure = go.Figure(go.Heatmap(
-        z=((scores - low) / (high - low).where(high > low, 1)).to_numpy(), customdata=hover, zmin=0, zmax=1,
-        text=scores.map("{:.1f}".format).to_numpy(), texttemplate="%{text}", hoverongaps=False,
-        hovertemplate="%{customdata}<extra></extra>", colorscale="Cividis", showscale=False, xgap=1, ygap=1))
-    name_cells(figure, targets, names)
-    figure.update_xaxes(title_text="trained on; the brightest of each column is its best")
-    return lay_out(figure, "Test score of what was searched on one task and trained on another",
-                   150 + 30 * len(frame))
+    figure = draw_matrix(
+        "Test score of what was searched on one task and trained on another", 150 + 30 * len(frame), targets,
+        names, z=((scores - low) / (high - low).where(high > low, 1)).to_numpy(), zmax=1, showscale=False,
+        text=scores.map("{:.1f}".format).to_numpy(), texttemplate="%{text}", customdata=hover,
+        hoverongaps=False, hovertemplate="%{customdata}<extra></extra>")
+    return figure.update_xaxes(title_text="trained on; the brightest of each column is its best")

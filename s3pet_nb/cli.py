@@ -21,7 +21,7 @@ __all__ = ['app', 'Out', 'Task', 'Backbone', 'Budget', 'Seed', 'DataDir', 'Retra
            'HEAD_OF', 'say', 'one_sentence', 'read_as', 'assignments', 'plain_table', 'show', 'number_text',
            'closing_table', 'plan_table', 'plan_text', 'whole_path', 'run_one', 'demo', 'search', 'prune',
            'backend_named', 'watching', 'close_study', 'study_with', 'study', 'run_jobs', 'tasks', 'lab', 'export',
-           'write_trained', 'transfer', 'fate_table', 'rebuild', 'main']
+           'write_trained', 'transfer', 'rebuild', 'main']
 
 # %% ../nbs/cli.ipynb #cli-003
 import ast
@@ -36,22 +36,17 @@ from typing import TYPE_CHECKING, Annotated
 from urllib.parse import quote
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from s3pet_nb.lab.pool import Backend, Job, Rules, StudyState
     from s3pet_nb.lab.study import Study
 
 # %% ../nbs/cli.ipynb #cli-006
-def say(
-    message: str,
-    style: str = "",  # of rich, such as "red"
-    stderr: bool = True,
-) -> None:
+def say(message: str, style: str = "", stderr: bool = True) -> None:
     "Print a line that rich neither wraps nor interprets."
     Console(stderr=stderr, soft_wrap=True, force_jupyter=False).print(Text(message, style=style))
 
@@ -84,11 +79,8 @@ def read_as(default: object, text: str) -> object:
     return value
 
 # %% ../nbs/cli.ipynb #cli-assignments
-def assignments(
-    words: list[str],  # each "name=value"
-    defaults: Mapping,  # of the template; an unknown name is left to `resolve`
-) -> dict:
-    "The values of `--set`; `ValueError` for a word without an equals sign."
+def assignments(words: list[str], defaults: Mapping) -> dict:
+    "The values of `--set`, read as the template's `defaults`; `ValueError` for a word without an equals sign."
     values = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -98,12 +90,9 @@ def assignments(
     return values
 
 # %% ../nbs/cli.ipynb #cli-026
-def plain_table(
-    names: Mapping[str, str],  # of the columns -> "left" or "right"
-    rows: Iterable[Iterable[str]],
-) -> Table:
-    "Columns without lines; text is never read as markup."
-    table = Table(box=None, header_style="bold", pad_edge=False)
+def plain_table(names: Mapping[str, str], rows: Iterable[Iterable[str]], **style: object) -> Table:
+    "Columns by name and side, without lines unless the style has them; text is never read as markup."
+    table = Table(**{"box": None, "pad_edge": False} | style)
     for name, side in names.items():
         table.add_column(name, justify=side, overflow="fold")
     for row in rows:
@@ -121,26 +110,20 @@ def number_text(value: float | None, form: str = ",") -> str:
     return "–" if value is None else format(value, form)
 
 # %% ../nbs/cli.ipynb #cli-closing-table
-def closing_table(
-    result: Mapping,  # what result.json holds
-) -> Table:
-    "One row per structure that was trained: size and scores."
+def closing_table(result: Mapping) -> Table:
+    "One row per structure that was trained, from what result.json holds: size and scores."
     title = f"{result['task']} ({result['metric']}), budget {result['budget']:,} of {result['n_backbone']:,}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("structure", no_wrap=True)
-    for name in "modules", "parameters", "validation", "test":
-        table.add_column(name, justify="right")
-    for row in result["rows"]:
-        label = f"{row['label']} on {row['task']}" if "targets" in result else row["label"]
-        table.add_row(label, number_text(row["modules"]), number_text(row["n_params"]),
-                      *(number_text(row[name], ".4f") for name in ("validation", "test")))
+    sides = {"structure": "left"} | dict.fromkeys(("modules", "parameters", "validation", "test"), "right")
+    table = plain_table(sides, [
+        (f"{row['label']} on {row['task']}" if "targets" in result else row["label"],
+         number_text(row["modules"]), number_text(row["n_params"]),
+         *(number_text(row[name], ".4f") for name in ("validation", "test"))) for row in result["rows"]],
+        title=title, title_justify="left", box=box.HEAVY_HEAD, pad_edge=True)
+    table.columns[0].no_wrap = True
     return table
 
 # %% ../nbs/cli.ipynb #cli-029
-def plan_table(
-    jobs: list["Job"],  # of `pool.plan`
-    study: "Study",
-) -> Table:
+def plan_table(jobs: list["Job"], study: "Study") -> Table:
     "One row per run of a study: its name, what it is asked, and whether it is done."
     from s3pet_nb.lab.pool import point, seconds_of, shown
 
@@ -153,12 +136,8 @@ def plan_table(
     return table
 
 # %% ../nbs/cli.ipynb #cli-plan-text
-def plan_text(
-    jobs: list["Job"],  # of `pool.plan`
-    study: "Study",
-    slots: int,  # runs at a time
-) -> str:
-    "How many runs there are, how many are done, and how long the others will take."
+def plan_text(jobs: list["Job"], study: "Study", slots: int) -> str:
+    "How many runs there are, how many are done, and how long the others will take, `slots` at a time."
     from s3pet_nb.lab.log import duration
     from s3pet_nb.lab.pool import StudyState
 
@@ -191,15 +170,9 @@ def whole_path(task: str) -> str:
     return task if task in TASKS else str(Path(task).absolute())
 
 # %% ../nbs/cli.ipynb #cli-run
-def run_one(
-    study_name: str,
-    out: Path,
-    settings: list[str],
-    task: str | None = None,
-    data_dir: Path | None = None,
-    **options: object,  # by the name of the parameter; None if it was not given
-) -> None:
-    "Lay the options over a study, run it and show what came out."
+def run_one(study_name: str, out: Path, settings: list[str], task: str | None = None,
+            data_dir: Path | None = None, **options: object) -> None:
+    "Lay the options that are not None over a study, by their names, run it and show what came out."
     from s3pet_nb.lab.study import check, parameters, resolve, study
 
     with one_sentence():
@@ -273,10 +246,9 @@ def prune(
 # %% ../nbs/cli.ipynb #cli-backend
 def backend_named(name: str, slots: int | None, address: str | None) -> "Backend":
     "Where the runs of a study are executed; `ValueError` for what does not go together."
-    from s3pet_nb.core import UnknownName
+    from s3pet_nb.core import check_names
 
-    if name not in ("local", "ray"):
-        raise UnknownName("backend", name, ["local", "ray"])
+    check_names("backend", [name], ["local", "ray"])
     if name == "ray" and slots is not None:
         raise ValueError("slots are for the backend local; a cluster runs as many as it has room for")
     if name == "local" and address is not None:
@@ -327,12 +299,8 @@ def close_study(progress: "StudyState", page: Path) -> None:
                          "call it again to run what is missing")
 
 # %% ../nbs/cli.ipynb #cli-study-changed
-def study_with(
-    name: str,  # of a study, or its path
-    settings: list[str],
-    data_dir: Path | None,
-) -> "Study":
-    "A study with settings laid over it; `ValueError` for one that no run would get."
+def study_with(name: str, settings: list[str], data_dir: Path | None) -> "Study":
+    "The study of this name or path with settings laid over it; `ValueError` for one that no run would get."
     from s3pet_nb.lab.study import parameters, study as read
 
     asked = read(name)
@@ -376,20 +344,12 @@ def study(
             run_jobs(asked, jobs, out, chosen, rules, only, force)
 
 # %% ../nbs/cli.ipynb #cli-run-jobs
-def run_jobs(
-    asked: "Study",
-    jobs: list["Job"],  # of `pool.plan`
-    out: Path,
-    backend: "Backend",
-    rules: "Rules",  # of `pool`
-    only: list[str],
-    force: bool,
-) -> None:
+def run_jobs(asked: "Study", jobs: list["Job"], out: Path, backend: "Backend", rules: "Rules",
+             only: list[str], force: bool) -> None:
     "Check what is to be run, all of it, run it, and write the study's page whatever happens."
-    from s3pet_nb.lab.page import index
+    from s3pet_nb.lab.page import index, study_report
     from s3pet_nb.lab.pool import run_study
     from s3pet_nb.lab.study import check_questions
-    from s3pet_nb.lab.study_page import study_report
 
     check_questions(asked.name, [job.question for job in jobs if force or job.state != "done"])
     try:
@@ -466,12 +426,8 @@ def export(
             say(f"written: {to}", stderr=False)
 
 # %% ../nbs/cli.ipynb #cli-write
-def write_trained(
-    folder: Path,  # of a run that is done
-    to: Path,  # a new folder
-    merged: bool,  # a plain model, else a checkpoint of stock PEFT
-) -> None:
-    "Write a trained structure, and say what the format adds to it."
+def write_trained(folder: Path, to: Path, merged: bool) -> None:
+    "Write what a run trained, as a plain model or for stock PEFT, and say what the format adds to it."
     from s3pet_nb.lab.share import read
     from s3pet_nb.model.backbone import load_backbone, quiet
     from s3pet_nb.model.peft import merge, new_folder, to_peft
@@ -513,20 +469,13 @@ def transfer(
         model = blueprint(backbone, HEAD_OF[kind_of(backbone)])
         moved = structure.transfer(model, budget)
         moved.save(to)
-        show(fate_table(structure.counterparts(model, budget)))
+        sides = {"module": "left", "parameters": "right", "to": "left", "why": "left"}
+        show(plain_table(sides, [(row.name, number_text(row.n), row.to or "–", row.why)
+                                 for row in structure.counterparts(model, budget).itertuples()]))
         say(f"{moved!r}", stderr=False)
         if moved.budget:
             say(f"of a budget of {moved.budget:,}", stderr=False)
         say(f"written: {to}", stderr=False)
-
-# %% ../nbs/cli.ipynb #cli-fate
-def fate_table(
-    frame: "pd.DataFrame",  # of `Structure.counterparts`
-) -> Table:
-    "One row per module of a structure, and where it went."
-    names = {"module": "left", "parameters": "right", "to": "left", "why": "left"}
-    return plain_table(names, [(row.name, number_text(row.n), row.to or "–", row.why)
-                               for row in frame.itertuples()])
 
 # %% ../nbs/cli.ipynb #cli-report
 @app.command("report")
@@ -535,10 +484,9 @@ def rebuild(
 ) -> None:
     "Write the HTML report of a run or of a study again."
     with one_sentence():
-        from s3pet_nb.lab.page import report
+        from s3pet_nb.lab.page import report, study_report
         from s3pet_nb.lab.pool import recorded
         from s3pet_nb.lab.store import Run
-        from s3pet_nb.lab.study_page import study_report
 
         asked = recorded(folder)
         page = report(Run(folder)) if asked is None else study_report(asked, folder.resolve().parent)

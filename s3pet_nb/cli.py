@@ -19,7 +19,7 @@ What this module does not do: it computes nothing, and holds neither defaults no
 # %% auto #0
 __all__ = ['app', 'Out', 'Task', 'Backbone', 'Budget', 'Seed', 'DataDir', 'RetrainSteps', 'Settings', 'REPORTS', 'ALONE',
            'HEAD_OF', 'say', 'one_sentence', 'read_as', 'assignments', 'plain_table', 'show', 'number_text',
-           'closing_table', 'plan_table', 'plan_text', 'whole_path', 'run_one', 'demo', 'search', 'prune',
+           'closing_table', 'plan_table', 'plan_text', 'command', 'whole_path', 'run_one', 'demo', 'search', 'prune',
            'backend_named', 'watching', 'close_study', 'study_with', 'study', 'run_jobs', 'tasks', 'lab', 'export',
            'write_trained', 'transfer', 'rebuild', 'main']
 
@@ -160,6 +160,11 @@ RetrainSteps = Annotated[int, typer.Option(help="Steps of each re-training.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter.")]
 REPORTS = Path("reports")
 
+
+def command(name: str | None = None) -> Callable:
+    "Make a function a command of this name, or of its own, whose errors are one sentence."
+    return lambda function: app.command(name)(one_sentence()(function))
+
 # %% ../nbs/cli.ipynb #cli-given
 def whole_path(task: str) -> str:
     "The name of a task as it is, a file or folder of rows with its whole path."
@@ -175,27 +180,26 @@ def run_one(study_name: str, out: Path, settings: list[str], task: str | None = 
     "Lay the options that are not None over a study, by their names, run it and show what came out."
     from s3pet_nb.lab.study import check, parameters, resolve, study
 
-    with one_sentence():
-        start = study(study_name)
-        options |= {"data_dir": data_dir and str(data_dir.absolute()), "task": task and whole_path(task)}
-        given = {name: value for name, value in options.items() if value is not None}
-        params = start.params | given | assignments(settings, parameters(start.template))
-        check(start.template, resolve(start.template, params))
-        from s3pet_nb.lab.page import index, report, stopped_by_hand, stopped_early
-        from s3pet_nb.lab.run import execute
+    start = study(study_name)
+    options |= {"data_dir": data_dir and str(data_dir.absolute()), "task": task and whole_path(task)}
+    given = {name: value for name, value in options.items() if value is not None}
+    params = start.params | given | assignments(settings, parameters(start.template))
+    check(start.template, resolve(start.template, params))
+    from s3pet_nb.lab.page import index, report, stopped_by_hand, stopped_early
+    from s3pet_nb.lab.run import execute
 
-        run = execute(start.template, params, out, start.name, stderr=sys.stderr)
-        page = report(run)
-        index(out)
-        show(closing_table(run.result))
-        if early := stopped_early(run.result):
-            say(f"search: stopped {early}", stderr=False)
-        if by_hand := stopped_by_hand(run.result):
-            say(f"stopped by hand: {by_hand}; remove {run.folder} to run it whole", stderr=False)
-        say(f"report: {page}", stderr=False)
+    run = execute(start.template, params, out, start.name, stderr=sys.stderr)
+    page = report(run)
+    index(out)
+    show(closing_table(run.result))
+    if early := stopped_early(run.result):
+        say(f"search: stopped {early}", stderr=False)
+    if by_hand := stopped_by_hand(run.result):
+        say(f"stopped by hand: {by_hand}; remove {run.folder} to run it whole", stderr=False)
+    say(f"report: {page}", stderr=False)
 
 # %% ../nbs/cli.ipynb #cli-demo
-@app.command()
+@command()
 def demo(
     out: Out = REPORTS,
     seed: Seed = 0,
@@ -205,7 +209,7 @@ def demo(
     run_one("demo", **locals())
 
 # %% ../nbs/cli.ipynb #cli-search
-@app.command()
+@command()
 def search(
     task: Task,
     backbone: Backbone = None,
@@ -224,7 +228,7 @@ def search(
     run_one("search", **locals())
 
 # %% ../nbs/cli.ipynb #cli-prune
-@app.command()
+@command()
 def prune(
     task: Task,
     backbone: Backbone = None,
@@ -313,7 +317,7 @@ def study_with(name: str, settings: list[str], data_dir: Path | None) -> "Study"
     return asked.changed(**given | ({"data_dir": str(data_dir)} if data_dir else {}))
 
 # %% ../nbs/cli.ipynb #cli-study
-@app.command()
+@command()
 def study(
     name: Annotated[str, typer.Argument(help="Such as small-table-2, or the path of a .yml file.")],
     out: Out = REPORTS,
@@ -330,18 +334,17 @@ def study(
     settings: Settings = [],
 ) -> None:
     "Run what a study has no result for; after Ctrl-C the same command goes on."
-    with one_sentence():
-        asked = study_with(name, settings, data_dir)
-        from s3pet_nb.lab.pool import Rules, plan
+    asked = study_with(name, settings, data_dir)
+    from s3pet_nb.lab.pool import Rules, plan
 
-        rules = Rules(retries, max_failures=max_failures, time_limit=time_limit)
-        chosen = backend_named(backend, slots, address)
-        jobs = plan(asked, out, only)
-        if dry_run:
-            show(plan_table(jobs, asked))
-            say(plan_text(jobs, asked, chosen.slots), stderr=False)
-        else:
-            run_jobs(asked, jobs, out, chosen, rules, only, force)
+    rules = Rules(retries, max_failures=max_failures, time_limit=time_limit)
+    chosen = backend_named(backend, slots, address)
+    jobs = plan(asked, out, only)
+    if dry_run:
+        show(plan_table(jobs, asked))
+        say(plan_text(jobs, asked, chosen.slots), stderr=False)
+    else:
+        run_jobs(asked, jobs, out, chosen, rules, only, force)
 
 # %% ../nbs/cli.ipynb #cli-run-jobs
 def run_jobs(asked: "Study", jobs: list["Job"], out: Path, backend: "Backend", rules: "Rules",
@@ -365,7 +368,7 @@ def run_jobs(asked: "Study", jobs: list["Job"], out: Path, backend: "Backend", r
     close_study(progress, page)
 
 # %% ../nbs/cli.ipynb #cli-tasks
-@app.command()
+@command()
 def tasks() -> None:
     "The tasks there are, what they read, how they are scored and split."
     from s3pet_nb.data.task import TASKS
@@ -381,7 +384,7 @@ ALONE = (  # JupyterLab asks no other machine for anything
     "--LabApp.extension_manager=readonly", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate")
 
 
-@app.command()
+@command()
 def lab(
     folder: Annotated[Path, typer.Argument(help="Of notebooks; tutorials that it lacks are put there.")] =
         Path("tutorials"),
@@ -389,23 +392,21 @@ def lab(
     browser: Annotated[bool, typer.Option(help="Open it in a browser.")] = True,
 ) -> None:
     "Open JupyterLab on the tutorials."
-    with one_sentence():
-        from s3pet_nb.lab.run import kernel_environment
-        from s3pet_nb.lab.study import shipped
+    from s3pet_nb.lab.run import kernel_environment
+    from s3pet_nb.lab.study import shipped
 
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in shipped("tutorials").values():
-            if not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
-        root = Path.cwd() if folder.resolve().is_relative_to(Path.cwd()) else folder.resolve()
-        opened = folder.resolve().relative_to(root).as_posix()
-        words = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", f"--ServerApp.root_dir={root}",
-                 f"--LabApp.default_url=/lab/tree/{quote(opened)}", *ALONE] + ["--no-browser"] * (not browser)
-        os.execve(sys.executable, [sys.executable, "-m", "jupyterlab", *words],
-                  os.environ | kernel_environment())
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in shipped("tutorials").values():
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+    root = Path.cwd() if folder.resolve().is_relative_to(Path.cwd()) else folder.resolve()
+    opened = folder.resolve().relative_to(root).as_posix()
+    words = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", f"--ServerApp.root_dir={root}",
+             f"--LabApp.default_url=/lab/tree/{quote(opened)}", *ALONE] + ["--no-browser"] * (not browser)
+    os.execve(sys.executable, [sys.executable, "-m", "jupyterlab", *words], os.environ | kernel_environment())
 
 # %% ../nbs/cli.ipynb #cli-export
-@app.command()
+@command()
 def export(
     folder: Annotated[Path, typer.Argument(help="Of a run that is done, such as reports/search/RUN.")],
     to: Annotated[Path, typer.Option(help="New folder; FOLDER/peft or FOLDER/merged if left out.")] = None,
@@ -413,17 +414,16 @@ def export(
     push: Annotated[str, typer.Option(metavar="USER/NAME", help="Send it to the hub, as it is.")] = None,
 ) -> None:
     "Write a run's trained structure for others: for stock PEFT, as a plain model, or to the hub."
-    with one_sentence():
-        if push and (to or merged):
-            raise ValueError("--push sends the run's own files; leave --to and --merged out")
-        if push:
-            from s3pet_nb.lab.share import push_to_hub
+    if push and (to or merged):
+        raise ValueError("--push sends the run's own files; leave --to and --merged out")
+    if push:
+        from s3pet_nb.lab.share import push_to_hub
 
-            say(f"pushed: {push_to_hub(folder, push)}", stderr=False)
-        else:
-            to = to or folder / ("merged" if merged else "peft")
-            write_trained(folder, to, merged)
-            say(f"written: {to}", stderr=False)
+        say(f"pushed: {push_to_hub(folder, push)}", stderr=False)
+    else:
+        to = to or folder / ("merged" if merged else "peft")
+        write_trained(folder, to, merged)
+        say(f"written: {to}", stderr=False)
 
 # %% ../nbs/cli.ipynb #cli-write
 def write_trained(folder: Path, to: Path, merged: bool) -> None:
@@ -448,7 +448,7 @@ def write_trained(folder: Path, to: Path, merged: bool) -> None:
 HEAD_OF = {"encoder": "classify", "decoder": "causal", "encoder-decoder": "seq2seq"}  # by kind of backbone
 
 
-@app.command()
+@command()
 def transfer(
     file: Annotated[Path, typer.Argument(help="Such as reports/search/RUN/structure.json.")],
     backbone: Annotated[str, typer.Argument(help="Hub name, folder, or minilm.")],
@@ -456,41 +456,39 @@ def transfer(
     to: Annotated[Path, typer.Option(help="New structure file.")] = Path("structure.json"),
 ) -> None:
     "Move a structure to a backbone of another size or family, and say what became of each module."
-    with one_sentence():
-        from s3pet_nb.lab.checks import read_structure
+    from s3pet_nb.lab.checks import read_structure
 
-        if to.exists():
-            raise FileExistsError(f"{to} is there already; give another file with --to")
-        if not to.parent.is_dir():
-            raise FileNotFoundError(f"no folder {str(to.parent)!r}; make it, or give another file with --to")
-        structure = read_structure(str(file))
-        from s3pet_nb.model.backbone import blueprint, kind_of
+    if to.exists():
+        raise FileExistsError(f"{to} is there already; give another file with --to")
+    if not to.parent.is_dir():
+        raise FileNotFoundError(f"no folder {str(to.parent)!r}; make it, or give another file with --to")
+    structure = read_structure(str(file))
+    from s3pet_nb.model.backbone import blueprint, kind_of
 
-        model = blueprint(backbone, HEAD_OF[kind_of(backbone)])
-        moved = structure.transfer(model, budget)
-        moved.save(to)
-        sides = {"module": "left", "parameters": "right", "to": "left", "why": "left"}
-        show(plain_table(sides, [(row.name, number_text(row.n), row.to or "–", row.why)
-                                 for row in structure.counterparts(model, budget).itertuples()]))
-        say(f"{moved!r}", stderr=False)
-        if moved.budget:
-            say(f"of a budget of {moved.budget:,}", stderr=False)
-        say(f"written: {to}", stderr=False)
+    model = blueprint(backbone, HEAD_OF[kind_of(backbone)])
+    moved = structure.transfer(model, budget)
+    moved.save(to)
+    sides = {"module": "left", "parameters": "right", "to": "left", "why": "left"}
+    show(plain_table(sides, [(row.name, number_text(row.n), row.to or "–", row.why)
+                             for row in structure.counterparts(model, budget).itertuples()]))
+    say(f"{moved!r}", stderr=False)
+    if moved.budget:
+        say(f"of a budget of {moved.budget:,}", stderr=False)
+    say(f"written: {to}", stderr=False)
 
 # %% ../nbs/cli.ipynb #cli-report
-@app.command("report")
+@command("report")
 def rebuild(
     folder: Annotated[Path, typer.Argument(help="Of a run or a study, such as reports/small-table-2.")],
 ) -> None:
     "Write the HTML report of a run or of a study again."
-    with one_sentence():
-        from s3pet_nb.lab.page import report, study_report
-        from s3pet_nb.lab.pool import recorded
-        from s3pet_nb.lab.store import Run
+    from s3pet_nb.lab.page import report, study_report
+    from s3pet_nb.lab.pool import recorded
+    from s3pet_nb.lab.store import Run
 
-        asked = recorded(folder)
-        page = report(Run(folder)) if asked is None else study_report(asked, folder.resolve().parent)
-        say(f"report: {page}", stderr=False)
+    asked = recorded(folder)
+    page = report(Run(folder)) if asked is None else study_report(asked, folder.resolve().parent)
+    say(f"report: {page}", stderr=False)
 
 
 def main() -> None:

@@ -208,15 +208,10 @@ class Question:
         return cls(str(name_or_path), resolve(name_or_path, given), method)
 
     @cached_property
-    def code(self) -> str:
-        "What is computed, and on which rows and structures."
-        return _code(self.template) + _inputs(self.params)
-
-    @cached_property
     def id(self) -> str:
-        "The name of its run."
+        "The name of its run: of what is computed, and on which rows and structures."
         params = {name: value for name, value in self.params.items() if name != DATA_DIR}
-        return self.known or run_id(params, self.code)
+        return self.known or run_id(params, _code(self.template) + _inputs(self.params))
 
 # %% ../../nbs/lab/02_study.ipynb #study-020
 def expand(grid: Mapping[str, list]) -> list[dict]:  # the last name fastest

@@ -1,6 +1,6 @@
 """The commands: s3pet demo, search, prune, study, tasks, lab, export, transfer and report
 
-The commands are thin: a study with options laid over it, executed by `run.execute`, shown by `report.report`.
+The commands are thin: a study with options laid over it, executed by `run.execute`, shown by `page.report`.
 
 What a command starts from is in `nbs/studies/`: `demo.yml` for `s3pet demo`, `search.yml` for `s3pet
 search`, `prune.yml` for `s3pet prune`. An option is a parameter of the template under its own name, `--set

@@ -11,7 +11,7 @@
 - `s3pet_nb.data.task`: GLUE, SuperGLUE, the project's own agreement task, or rows of yours: splits, labels, metrics
 - `s3pet_nb.lab.checks`: What a template refuses before a kernel starts
 - `s3pet_nb.lab.example`: A small finished run, made of plain numbers, to try figures and pages on
-- `s3pet_nb.lab.experiment`: What the templates share: rows of a task, structures to compare with, and how a run was run
+- `s3pet_nb.lab.experiment`: What the templates share: a task and its backbone, structures to compare with, and how a run was run
 - `s3pet_nb.lab.explore`: Finished runs side by side: one search under any budget, structures compared, averages and sweeps
 - `s3pet_nb.lab.live`: A run that is watched while it goes on, and steered
 - `s3pet_nb.lab.log`: A log that grows: what it has said since the last look, kept small

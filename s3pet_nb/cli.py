@@ -1,6 +1,6 @@
 """The commands: s3pet demo, search, prune, study, tasks, lab, export, transfer and report
 
-The commands are thin: a study with options laid over it, executed by `run.execute`, shown by `report.report`.
+The commands are thin: a study with options laid over it, executed by `run.execute`, shown by `page.report`.
 
 What a command starts from is in `nbs/studies/`: `demo.yml` for `s3pet demo`, `search.yml` for `s3pet
 search`, `prune.yml` for `s3pet prune`. An option is a parameter of the template under its own name, `--set
@@ -19,9 +19,9 @@ What this module does not do: it computes nothing, and holds neither defaults no
 # %% auto #0
 __all__ = ['app', 'Out', 'Task', 'Backbone', 'Budget', 'Seed', 'DataDir', 'RetrainSteps', 'Settings', 'REPORTS', 'ALONE',
            'HEAD_OF', 'say', 'one_sentence', 'read_as', 'assignments', 'plain_table', 'show', 'number_text',
-           'closing_table', 'plan_table', 'plan_text', 'whole_path', 'run_one', 'demo', 'search', 'prune',
+           'closing_table', 'plan_table', 'plan_text', 'command', 'whole_path', 'run_one', 'demo', 'search', 'prune',
            'backend_named', 'watching', 'close_study', 'study_with', 'study', 'run_jobs', 'tasks', 'lab', 'export',
-           'write_trained', 'transfer', 'fate_table', 'rebuild', 'main']
+           'write_trained', 'transfer', 'rebuild', 'main']
 
 # %% ../nbs/cli.ipynb #cli-003
 import ast
@@ -36,22 +36,17 @@ from typing import TYPE_CHECKING, Annotated
 from urllib.parse import quote
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from s3pet_nb.lab.pool import Backend, Job, Rules, StudyState
     from s3pet_nb.lab.study import Study
 
 # %% ../nbs/cli.ipynb #cli-006
-def say(
-    message: str,
-    style: str = "",  # of rich, such as "red"
-    stderr: bool = True,
-) -> None:
+def say(message: str, style: str = "", stderr: bool = True) -> None:
     "Print a line that rich neither wraps nor interprets."
     Console(stderr=stderr, soft_wrap=True, force_jupyter=False).print(Text(message, style=style))
 
@@ -84,11 +79,8 @@ def read_as(default: object, text: str) -> object:
     return value
 
 # %% ../nbs/cli.ipynb #cli-assignments
-def assignments(
-    words: list[str],  # each "name=value"
-    defaults: Mapping,  # of the template; an unknown name is left to `resolve`
-) -> dict:
-    "The values of `--set`; `ValueError` for a word without an equals sign."
+def assignments(words: list[str], defaults: Mapping) -> dict:
+    "The values of `--set`, read as the template's `defaults`; `ValueError` for a word without an equals sign."
     values = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -98,12 +90,9 @@ def assignments(
     return values
 
 # %% ../nbs/cli.ipynb #cli-026
-def plain_table(
-    names: Mapping[str, str],  # of the columns -> "left" or "right"
-    rows: Iterable[Iterable[str]],
-) -> Table:
-    "Columns without lines; text is never read as markup."
-    table = Table(box=None, header_style="bold", pad_edge=False)
+def plain_table(names: Mapping[str, str], rows: Iterable[Iterable[str]], **style: object) -> Table:
+    "Columns by name and side, without lines unless the style has them; text is never read as markup."
+    table = Table(**{"box": None, "pad_edge": False} | style)
     for name, side in names.items():
         table.add_column(name, justify=side, overflow="fold")
     for row in rows:
@@ -121,26 +110,20 @@ def number_text(value: float | None, form: str = ",") -> str:
     return "–" if value is None else format(value, form)
 
 # %% ../nbs/cli.ipynb #cli-closing-table
-def closing_table(
-    result: Mapping,  # what result.json holds
-) -> Table:
-    "One row per structure that was trained: size and scores."
+def closing_table(result: Mapping) -> Table:
+    "One row per structure that was trained, from what result.json holds: size and scores."
     title = f"{result['task']} ({result['metric']}), budget {result['budget']:,} of {result['n_backbone']:,}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("structure", no_wrap=True)
-    for name in "modules", "parameters", "validation", "test":
-        table.add_column(name, justify="right")
-    for row in result["rows"]:
-        label = f"{row['label']} on {row['task']}" if "targets" in result else row["label"]
-        table.add_row(label, number_text(row["modules"]), number_text(row["n_params"]),
-                      *(number_text(row[name], ".4f") for name in ("validation", "test")))
+    sides = {"structure": "left"} | dict.fromkeys(("modules", "parameters", "validation", "test"), "right")
+    table = plain_table(sides, [
+        (f"{row['label']} on {row['task']}" if "targets" in result else row["label"],
+         number_text(row["modules"]), number_text(row["n_params"]),
+         *(number_text(row[name], ".4f") for name in ("validation", "test"))) for row in result["rows"]],
+        title=title, title_justify="left", box=box.HEAVY_HEAD, pad_edge=True)
+    table.columns[0].no_wrap = True
     return table
 
 # %% ../nbs/cli.ipynb #cli-029
-def plan_table(
-    jobs: list["Job"],  # of `pool.plan`
-    study: "Study",
-) -> Table:
+def plan_table(jobs: list["Job"], study: "Study") -> Table:
     "One row per run of a study: its name, what it is asked, and whether it is done."
     from s3pet_nb.lab.pool import point, seconds_of, shown
 
@@ -153,12 +136,8 @@ def plan_table(
     return table
 
 # %% ../nbs/cli.ipynb #cli-plan-text
-def plan_text(
-    jobs: list["Job"],  # of `pool.plan`
-    study: "Study",
-    slots: int,  # runs at a time
-) -> str:
-    "How many runs there are, how many are done, and how long the others will take."
+def plan_text(jobs: list["Job"], study: "Study", slots: int) -> str:
+    "How many runs there are, how many are done, and how long the others will take, `slots` at a time."
     from s3pet_nb.lab.log import duration
     from s3pet_nb.lab.pool import StudyState
 
@@ -181,6 +160,11 @@ RetrainSteps = Annotated[int, typer.Option(help="Steps of each re-training.")]
 Settings = Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter.")]
 REPORTS = Path("reports")
 
+
+def command(name: str | None = None) -> Callable:
+    "Make a function a command of this name, or of its own, whose errors are one sentence."
+    return lambda function: app.command(name)(one_sentence()(function))
+
 # %% ../nbs/cli.ipynb #cli-given
 def whole_path(task: str) -> str:
     "The name of a task as it is, a file or folder of rows with its whole path."
@@ -191,38 +175,31 @@ def whole_path(task: str) -> str:
     return task if task in TASKS else str(Path(task).absolute())
 
 # %% ../nbs/cli.ipynb #cli-run
-def run_one(
-    study_name: str,
-    out: Path,
-    settings: list[str],
-    task: str | None = None,
-    data_dir: Path | None = None,
-    **options: object,  # by the name of the parameter; None if it was not given
-) -> None:
-    "Lay the options over a study, run it and show what came out."
+def run_one(study_name: str, out: Path, settings: list[str], task: str | None = None,
+            data_dir: Path | None = None, **options: object) -> None:
+    "Lay the options that are not None over a study, by their names, run it and show what came out."
     from s3pet_nb.lab.study import check, parameters, resolve, study
 
-    with one_sentence():
-        start = study(study_name)
-        options |= {"data_dir": data_dir and str(data_dir.absolute()), "task": task and whole_path(task)}
-        given = {name: value for name, value in options.items() if value is not None}
-        params = start.params | given | assignments(settings, parameters(start.template))
-        check(start.template, resolve(start.template, params))
-        from s3pet_nb.lab.page import index, report, stopped_by_hand, stopped_early
-        from s3pet_nb.lab.run import execute
+    start = study(study_name)
+    options |= {"data_dir": data_dir and str(data_dir.absolute()), "task": task and whole_path(task)}
+    given = {name: value for name, value in options.items() if value is not None}
+    params = start.params | given | assignments(settings, parameters(start.template))
+    check(start.template, resolve(start.template, params))
+    from s3pet_nb.lab.page import index, report, stopped_by_hand, stopped_early
+    from s3pet_nb.lab.run import execute
 
-        run = execute(start.template, params, out, start.name, stderr=sys.stderr)
-        page = report(run)
-        index(out)
-        show(closing_table(run.result))
-        if early := stopped_early(run.result):
-            say(f"search: stopped {early}", stderr=False)
-        if by_hand := stopped_by_hand(run.result):
-            say(f"stopped by hand: {by_hand}; remove {run.folder} to run it whole", stderr=False)
-        say(f"report: {page}", stderr=False)
+    run = execute(start.template, params, out, start.name, stderr=sys.stderr)
+    page = report(run)
+    index(out)
+    show(closing_table(run.result))
+    if early := stopped_early(run.result):
+        say(f"search: stopped {early}", stderr=False)
+    if by_hand := stopped_by_hand(run.result):
+        say(f"stopped by hand: {by_hand}; remove {run.folder} to run it whole", stderr=False)
+    say(f"report: {page}", stderr=False)
 
 # %% ../nbs/cli.ipynb #cli-demo
-@app.command()
+@command()
 def demo(
     out: Out = REPORTS,
     seed: Seed = 0,
@@ -232,7 +209,7 @@ def demo(
     run_one("demo", **locals())
 
 # %% ../nbs/cli.ipynb #cli-search
-@app.command()
+@command()
 def search(
     task: Task,
     backbone: Backbone = None,
@@ -251,7 +228,7 @@ def search(
     run_one("search", **locals())
 
 # %% ../nbs/cli.ipynb #cli-prune
-@app.command()
+@command()
 def prune(
     task: Task,
     backbone: Backbone = None,
@@ -273,10 +250,9 @@ def prune(
 # %% ../nbs/cli.ipynb #cli-backend
 def backend_named(name: str, slots: int | None, address: str | None) -> "Backend":
     "Where the runs of a study are executed; `ValueError` for what does not go together."
-    from s3pet_nb.core import UnknownName
+    from s3pet_nb.core import check_names
 
-    if name not in ("local", "ray"):
-        raise UnknownName("backend", name, ["local", "ray"])
+    check_names("backend", [name], ["local", "ray"])
     if name == "ray" and slots is not None:
         raise ValueError("slots are for the backend local; a cluster runs as many as it has room for")
     if name == "local" and address is not None:
@@ -327,12 +303,8 @@ def close_study(progress: "StudyState", page: Path) -> None:
                          "call it again to run what is missing")
 
 # %% ../nbs/cli.ipynb #cli-study-changed
-def study_with(
-    name: str,  # of a study, or its path
-    settings: list[str],
-    data_dir: Path | None,
-) -> "Study":
-    "A study with settings laid over it; `ValueError` for one that no run would get."
+def study_with(name: str, settings: list[str], data_dir: Path | None) -> "Study":
+    "The study of this name or path with settings laid over it; `ValueError` for one that no run would get."
     from s3pet_nb.lab.study import parameters, study as read
 
     asked = read(name)
@@ -345,7 +317,7 @@ def study_with(
     return asked.changed(**given | ({"data_dir": str(data_dir)} if data_dir else {}))
 
 # %% ../nbs/cli.ipynb #cli-study
-@app.command()
+@command()
 def study(
     name: Annotated[str, typer.Argument(help="Such as small-table-2, or the path of a .yml file.")],
     out: Out = REPORTS,
@@ -362,34 +334,25 @@ def study(
     settings: Settings = [],
 ) -> None:
     "Run what a study has no result for; after Ctrl-C the same command goes on."
-    with one_sentence():
-        asked = study_with(name, settings, data_dir)
-        from s3pet_nb.lab.pool import Rules, plan
+    asked = study_with(name, settings, data_dir)
+    from s3pet_nb.lab.pool import Rules, plan
 
-        rules = Rules(retries, max_failures=max_failures, time_limit=time_limit)
-        chosen = backend_named(backend, slots, address)
-        jobs = plan(asked, out, only)
-        if dry_run:
-            show(plan_table(jobs, asked))
-            say(plan_text(jobs, asked, chosen.slots), stderr=False)
-        else:
-            run_jobs(asked, jobs, out, chosen, rules, only, force)
+    rules = Rules(retries, max_failures=max_failures, time_limit=time_limit)
+    chosen = backend_named(backend, slots, address)
+    jobs = plan(asked, out, only)
+    if dry_run:
+        show(plan_table(jobs, asked))
+        say(plan_text(jobs, asked, chosen.slots), stderr=False)
+    else:
+        run_jobs(asked, jobs, out, chosen, rules, only, force)
 
 # %% ../nbs/cli.ipynb #cli-run-jobs
-def run_jobs(
-    asked: "Study",
-    jobs: list["Job"],  # of `pool.plan`
-    out: Path,
-    backend: "Backend",
-    rules: "Rules",  # of `pool`
-    only: list[str],
-    force: bool,
-) -> None:
+def run_jobs(asked: "Study", jobs: list["Job"], out: Path, backend: "Backend", rules: "Rules",
+             only: list[str], force: bool) -> None:
     "Check what is to be run, all of it, run it, and write the study's page whatever happens."
-    from s3pet_nb.lab.page import index
+    from s3pet_nb.lab.page import index, study_report
     from s3pet_nb.lab.pool import run_study
     from s3pet_nb.lab.study import check_questions
-    from s3pet_nb.lab.study_page import study_report
 
     check_questions(asked.name, [job.question for job in jobs if force or job.state != "done"])
     try:
@@ -405,7 +368,7 @@ def run_jobs(
     close_study(progress, page)
 
 # %% ../nbs/cli.ipynb #cli-tasks
-@app.command()
+@command()
 def tasks() -> None:
     "The tasks there are, what they read, how they are scored and split."
     from s3pet_nb.data.task import TASKS
@@ -421,7 +384,7 @@ ALONE = (  # JupyterLab asks no other machine for anything
     "--LabApp.extension_manager=readonly", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate")
 
 
-@app.command()
+@command()
 def lab(
     folder: Annotated[Path, typer.Argument(help="Of notebooks; tutorials that it lacks are put there.")] =
         Path("tutorials"),
@@ -429,23 +392,21 @@ def lab(
     browser: Annotated[bool, typer.Option(help="Open it in a browser.")] = True,
 ) -> None:
     "Open JupyterLab on the tutorials."
-    with one_sentence():
-        from s3pet_nb.lab.run import kernel_environment
-        from s3pet_nb.lab.study import shipped
+    from s3pet_nb.lab.run import kernel_environment
+    from s3pet_nb.lab.study import shipped
 
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in shipped("tutorials").values():
-            if not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
-        root = Path.cwd() if folder.resolve().is_relative_to(Path.cwd()) else folder.resolve()
-        opened = folder.resolve().relative_to(root).as_posix()
-        words = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", f"--ServerApp.root_dir={root}",
-                 f"--LabApp.default_url=/lab/tree/{quote(opened)}", *ALONE] + ["--no-browser"] * (not browser)
-        os.execve(sys.executable, [sys.executable, "-m", "jupyterlab", *words],
-                  os.environ | kernel_environment())
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in shipped("tutorials").values():
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+    root = Path.cwd() if folder.resolve().is_relative_to(Path.cwd()) else folder.resolve()
+    opened = folder.resolve().relative_to(root).as_posix()
+    words = ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", f"--ServerApp.root_dir={root}",
+             f"--LabApp.default_url=/lab/tree/{quote(opened)}", *ALONE] + ["--no-browser"] * (not browser)
+    os.execve(sys.executable, [sys.executable, "-m", "jupyterlab", *words], os.environ | kernel_environment())
 
 # %% ../nbs/cli.ipynb #cli-export
-@app.command()
+@command()
 def export(
     folder: Annotated[Path, typer.Argument(help="Of a run that is done, such as reports/search/RUN.")],
     to: Annotated[Path, typer.Option(help="New folder; FOLDER/peft or FOLDER/merged if left out.")] = None,
@@ -453,25 +414,20 @@ def export(
     push: Annotated[str, typer.Option(metavar="USER/NAME", help="Send it to the hub, as it is.")] = None,
 ) -> None:
     "Write a run's trained structure for others: for stock PEFT, as a plain model, or to the hub."
-    with one_sentence():
-        if push and (to or merged):
-            raise ValueError("--push sends the run's own files; leave --to and --merged out")
-        if push:
-            from s3pet_nb.lab.share import push_to_hub
+    if push and (to or merged):
+        raise ValueError("--push sends the run's own files; leave --to and --merged out")
+    if push:
+        from s3pet_nb.lab.share import push_to_hub
 
-            say(f"pushed: {push_to_hub(folder, push)}", stderr=False)
-        else:
-            to = to or folder / ("merged" if merged else "peft")
-            write_trained(folder, to, merged)
-            say(f"written: {to}", stderr=False)
+        say(f"pushed: {push_to_hub(folder, push)}", stderr=False)
+    else:
+        to = to or folder / ("merged" if merged else "peft")
+        write_trained(folder, to, merged)
+        say(f"written: {to}", stderr=False)
 
 # %% ../nbs/cli.ipynb #cli-write
-def write_trained(
-    folder: Path,  # of a run that is done
-    to: Path,  # a new folder
-    merged: bool,  # a plain model, else a checkpoint of stock PEFT
-) -> None:
-    "Write a trained structure, and say what the format adds to it."
+def write_trained(folder: Path, to: Path, merged: bool) -> None:
+    "Write what a run trained, as a plain model or for stock PEFT, and say what the format adds to it."
     from s3pet_nb.lab.share import read
     from s3pet_nb.model.backbone import load_backbone, quiet
     from s3pet_nb.model.peft import merge, new_folder, to_peft
@@ -492,7 +448,7 @@ def write_trained(
 HEAD_OF = {"encoder": "classify", "decoder": "causal", "encoder-decoder": "seq2seq"}  # by kind of backbone
 
 
-@app.command()
+@command()
 def transfer(
     file: Annotated[Path, typer.Argument(help="Such as reports/search/RUN/structure.json.")],
     backbone: Annotated[str, typer.Argument(help="Hub name, folder, or minilm.")],
@@ -500,49 +456,39 @@ def transfer(
     to: Annotated[Path, typer.Option(help="New structure file.")] = Path("structure.json"),
 ) -> None:
     "Move a structure to a backbone of another size or family, and say what became of each module."
-    with one_sentence():
-        from s3pet_nb.lab.checks import read_structure
+    from s3pet_nb.lab.checks import read_structure
 
-        if to.exists():
-            raise FileExistsError(f"{to} is there already; give another file with --to")
-        if not to.parent.is_dir():
-            raise FileNotFoundError(f"no folder {str(to.parent)!r}; make it, or give another file with --to")
-        structure = read_structure(str(file))
-        from s3pet_nb.model.backbone import blueprint, kind_of
+    if to.exists():
+        raise FileExistsError(f"{to} is there already; give another file with --to")
+    if not to.parent.is_dir():
+        raise FileNotFoundError(f"no folder {str(to.parent)!r}; make it, or give another file with --to")
+    structure = read_structure(str(file))
+    from s3pet_nb.model.backbone import blueprint, kind_of
 
-        model = blueprint(backbone, HEAD_OF[kind_of(backbone)])
-        moved = structure.transfer(model, budget)
-        moved.save(to)
-        show(fate_table(structure.counterparts(model, budget)))
-        say(f"{moved!r}", stderr=False)
-        if moved.budget:
-            say(f"of a budget of {moved.budget:,}", stderr=False)
-        say(f"written: {to}", stderr=False)
-
-# %% ../nbs/cli.ipynb #cli-fate
-def fate_table(
-    frame: "pd.DataFrame",  # of `Structure.counterparts`
-) -> Table:
-    "One row per module of a structure, and where it went."
-    names = {"module": "left", "parameters": "right", "to": "left", "why": "left"}
-    return plain_table(names, [(row.name, number_text(row.n), row.to or "–", row.why)
-                               for row in frame.itertuples()])
+    model = blueprint(backbone, HEAD_OF[kind_of(backbone)])
+    moved = structure.transfer(model, budget)
+    moved.save(to)
+    sides = {"module": "left", "parameters": "right", "to": "left", "why": "left"}
+    show(plain_table(sides, [(row.name, number_text(row.n), row.to or "–", row.why)
+                             for row in structure.counterparts(model, budget).itertuples()]))
+    say(f"{moved!r}", stderr=False)
+    if moved.budget:
+        say(f"of a budget of {moved.budget:,}", stderr=False)
+    say(f"written: {to}", stderr=False)
 
 # %% ../nbs/cli.ipynb #cli-report
-@app.command("report")
+@command("report")
 def rebuild(
     folder: Annotated[Path, typer.Argument(help="Of a run or a study, such as reports/small-table-2.")],
 ) -> None:
     "Write the HTML report of a run or of a study again."
-    with one_sentence():
-        from s3pet_nb.lab.page import report
-        from s3pet_nb.lab.pool import recorded
-        from s3pet_nb.lab.store import Run
-        from s3pet_nb.lab.study_page import study_report
+    from s3pet_nb.lab.page import report, study_report
+    from s3pet_nb.lab.pool import recorded
+    from s3pet_nb.lab.store import Run
 
-        asked = recorded(folder)
-        page = report(Run(folder)) if asked is None else study_report(asked, folder.resolve().parent)
-        say(f"report: {page}", stderr=False)
+    asked = recorded(folder)
+    page = report(Run(folder)) if asked is None else study_report(asked, folder.resolve().parent)
+    say(f"report: {page}", stderr=False)
 
 
 def main() -> None:

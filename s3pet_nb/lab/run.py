@@ -21,7 +21,7 @@ are, `filelock` warns and uses a file that a killed process leaves behind; remov
 
 # %% auto #0
 __all__ = ['RUN_MARK', 'GLANCE', 'QUIET', 'GRACE', 'kernel_environment', 'ThisPython', 'kernels_of', 'end_kernels', 'Busy',
-           'claim', 'RunFailed', 'Launch', 'answer', 'execute']
+           'claim', 'RunFailed', 'Launch', 'literal', 'answer', 'execute']
 
 # %% ../../nbs/lab/04_run.ipynb #run-003
 import logging
@@ -48,7 +48,7 @@ from nbclient.exceptions import DeadKernelError
 
 from ..core import machine
 from .store import Run, read_json, write_json
-from .study import RUN_FOLDER, Question, literal, template
+from .study import RUN_FOLDER, Question, template
 
 # %% ../../nbs/lab/04_run.ipynb #run-006
 def kernel_environment() -> dict[str, str]:
@@ -201,6 +201,11 @@ def _watched(run: Run, launch: Launch) -> Iterator[threading.Event]:
     finally:
         over.set()
         thread.join()
+
+# %% ../../nbs/lab/04_run.ipynb #run-literal
+def literal(path: Path) -> str:
+    "`path` as papermill leaves it."
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 # %% ../../nbs/lab/04_run.ipynb #run-037
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -5,8 +5,7 @@ import sys
 import pytest
 from templates import RESULT, write_template
 
-from s3pet_nb.core import UnknownName
-from s3pet_nb.lab.checks import blueprint_for, check_compared, check_least, check_name, read_structure
+from s3pet_nb.lab.checks import blueprint_for, check_compared, check_least, read_structure
 from s3pet_nb.lab.study import Faults, Question, check, check_questions, resolve
 from s3pet_nb.learn.train import random_structure
 from s3pet_nb.model.backbone import blueprint, tiny
@@ -203,12 +202,6 @@ def test_every_distinct_question_is_checked_once_and_all_faults_are_said(halving
 def test_the_first_number_that_is_too_small_is_named(least, numbers, sentence):
     with pytest.raises(ValueError, match=sentence):
         check_least(least, **numbers)
-
-
-def test_a_name_is_looked_for_in_what_is_known():
-    check_name("gate", "global", ["global", "local"])
-    with pytest.raises(UnknownName, match="unknown gate 'lokal'; did you mean 'local'"):
-        check_name("gate", "lokal", ["global", "local"])
 
 
 def test_a_blueprint_has_the_head_that_the_task_needs():

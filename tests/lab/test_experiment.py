@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.lab.experiment import compared_with, machine_table, read_rows, sizes_table, value_table
+from s3pet_nb.lab.experiment import (about, compared_with, machine_table, row_of, setup_for, sizes_table, task_for,
+                                     value_table)
 from s3pet_nb.lab.store import Run
 from s3pet_nb.learn.protocol import PROTOCOLS
-from s3pet_nb.learn.train import BASELINES, random_structure
+from s3pet_nb.learn.train import BASELINES, TrainConfig, random_structure, retrain
 from s3pet_nb.model.backbone import blueprint
 from s3pet_nb.model.space import make_space
 
@@ -20,6 +21,11 @@ def model():
     return blueprint("minilm")
 
 
+@pytest.fixture(scope="module")
+def setup():
+    return setup_for("agreement", "minilm", RULES, "cpu", seed=1, n_train=32, n_eval=16)
+
+
 @pytest.fixture
 def own_rows(tmp_path):
     path = tmp_path / "own.csv"
@@ -28,28 +34,47 @@ def own_rows(tmp_path):
     return str(path)
 
 
-def test_the_first_rows_are_used_and_all_rows_are_known():
-    task, whole, used = read_rows("agreement", RULES, seed=1, n_train=32, n_eval=16)
-    assert task.name == "agreement" and used.sizes["train"] == 32 and used.sizes["test"] == 16
+def test_the_first_rows_are_used_and_all_rows_are_known(setup):
+    used, whole = setup.splits, setup.whole
+    assert setup.task.name == "agreement" and used.sizes["train"] == 32 and used.sizes["test"] == 16
     assert used.train["label"] == whole.train.select(range(32))["label"]
-    assert read_rows("agreement", RULES).used.sizes == whole.sizes
     with pytest.raises(UnknownName, match="did you mean 'agreement'"):
-        read_rows("agrement", RULES)
+        setup_for("agrement", "minilm", RULES)
+
+
+def test_what_is_0_or_empty_is_left_to_the_protocol_and_the_task(own_rows):
+    rules = replace(RULES, batch_size=4, max_length=16)
+    left = setup_for(own_rows, "minilm", rules, "cpu", seed=0, n_train=0, n_eval=0, data_dir="", form="", workers=0)
+    assert (left.batch_size, left.max_length) == (4, 16) and left.splits.sizes == left.whole.sizes
+    given = setup_for(own_rows, "minilm", rules, "cpu", batch_size=2, max_length=8)
+    assert (given.batch_size, given.max_length) == (2, 8)
 
 
 def test_a_protocol_may_score_a_task_in_its_own_way(own_rows):
     rules = replace(RULES, metrics={"own": "f1"})
-    assert read_rows(own_rows, RULES).task.metric == "accuracy"
-    assert read_rows(own_rows, rules).task.metric == "f1"
+    assert task_for(own_rows, RULES).metric == "accuracy"
+    assert task_for(own_rows, rules).metric == "f1"
+    assert setup_for(own_rows, "minilm", rules, "cpu").task.metric == "f1"
 
 
-def test_sizes_are_by_split_and_of_several_tasks_by_task(own_rows):
-    source, target = read_rows("agreement", RULES, n_train=32), read_rows(own_rows, RULES)
-    alone = sizes_table(source, source).data
-    assert list(alone.index)[:3] == ["train", "validation", "test"] and alone["rows used"]["train"] == 32
-    both = sizes_table(source, source, target).data
-    assert list(both.index.names) == ["task", "split"] and both.index.is_unique
-    assert both.loc[("own", "train"), "rows used"] == target.used.sizes["train"]
+def test_sizes_are_by_split(setup):
+    sizes = sizes_table(setup).data
+    assert list(sizes.index)[:3] == ["train", "validation", "test"] and sizes["rows used"]["train"] == 32
+    assert sizes["rows there are"].to_dict() == setup.whole.sizes
+    assert "agreement" in sizes_table(setup).to_html()
+
+
+def test_a_result_says_on_what_it_was(setup):
+    said = about(setup, make_space(setup.model, "mix"), "minilm")
+    assert (said["task"], said["metric"], said["backbone"]) == ("agreement", "accuracy", "minilm")
+    assert said["space"]["name"] == "mix" and said["data"]["rows"] == setup.splits.sizes
+
+
+def test_a_line_has_every_test_split(setup, model):
+    structure = random_structure(make_space(model, "mix"), 5000, seed=3)
+    trained = retrain(setup.model, structure, setup.train, setup.validation, lambda *_: 0.5, TrainConfig(1, 1e-3))
+    row = row_of("random", trained, setup)
+    assert row["label"] == "random" and row["validation"] == 0.5 and 0 <= row["test"] <= 1
 
 
 def test_baselines_come_whole_and_cut_and_files_by_task_and_method(model, tmp_path):
@@ -66,8 +91,8 @@ def test_baselines_come_whole_and_cut_and_files_by_task_and_method(model, tmp_pa
 
 
 def test_tables_escape_what_they_show(tmp_path):
-    assert "&lt;b&gt;" in value_table({"task": "<b>"}, "parameter").data
+    assert "&lt;b&gt;" in value_table({"task": "<b>"}, "parameter")
     run = Run(tmp_path)
     run.save_result({"device": "cpu", "seconds": 1.5, "rows": [1], "versions": {"torch": "2.13.0"}})
-    shown = machine_table(run).data
+    shown = machine_table(run)
     assert "2.13.0" in shown and "device" in shown and "rows" not in shown

@@ -46,14 +46,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from fastcore.basics import patch
-from plotly.subplots import make_subplots
-from scipy.stats import t
 
 from ..core import Html, UnknownName, table
 from .live import BudgetSlider, LiveFigures
-from .plot import (GREY, INK, LAB_STYLE, SYMBOLS, as_text, comparison_frame, draw_mean_p, draw_p,
-                               draw_share, lay_out, legend_below, mean_p_frame, p_frame, phase_lines,
-                               plain_figure, plot_sizes, share_frame)
+from .plot import (INK, LAB_STYLE, as_text, comparison_frame, draw_mean_p, draw_p, draw_share,
+                               draw_sweep, lay_out, mean_p_frame, name_cells, p_frame, plain_figure,
+                               plot_sizes, row_lines, share_frame)
+from .results import summary
 from .store import Run, attempt, faults, run_folders, structure_kind, unreadable
 from ..model.structure import Structure
 
@@ -118,8 +117,7 @@ def run_frame(
 ) -> pd.DataFrame:  # study, run, task … seed; size of the structure; mean test scores; state, missing
     "One row per run; what it does not say is missing."
     frame = pd.DataFrame([_row(run) for run in runs], columns=COLUMNS)
-    for name in NUMBERS:
-        frame[name] = pd.to_numeric(frame[name], errors="coerce").astype("Int64")
+    frame[NUMBERS] = frame[NUMBERS].apply(pd.to_numeric, errors="coerce").astype("Int64")
     return frame
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-n05
@@ -353,26 +351,18 @@ def places_frame(
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-028
-def _heatmap(title: str, height: int, columns: Sequence[str], rows: Sequence[str], **heatmap) -> go.Figure:
-    "Names at the cells, as text and never as markup, the first row on top."
-    figure = go.Figure(go.Heatmap(zmin=0, colorscale="Cividis", xgap=1, ygap=1, **heatmap))
-    for axis, names in (figure.layout.xaxis, columns), (figure.layout.yaxis, rows):
-        axis.update(tickvals=list(range(len(names))), ticktext=[as_text(name) for name in names],
-                    showgrid=False, ticks="", ticklabelstandoff=4)
-    figure.layout.yaxis.autorange = "reversed"
-    return lay_out(figure, title, height)
-
-
 def plot_jaccard(
     frame: pd.DataFrame,  # of `jaccard_frame`
 ) -> go.Figure:
     "The matrix of indices, from 0 for nothing in common to 1 for the same."
     hover = [[f"{as_text(one)}<br>{as_text(other)}<br>Jaccard index {value:.3f}"
               for other, value in row.items()] for one, row in frame.iterrows()]
-    return _heatmap("What two structures have in common", 170 + 34 * len(frame), frame.columns, frame.index,
-                    z=frame.to_numpy(), zmax=1, text=hover, hovertemplate="%{text}<extra></extra>",
-                    texttemplate="%{z:.2f}",
-                    colorbar=dict(thickness=14, title=dict(text="Jaccard index", side="right")))
+    figure = go.Figure(go.Heatmap(
+        z=frame.to_numpy(), zmin=0, zmax=1, colorscale="Cividis", xgap=1, ygap=1, text=hover,
+        texttemplate="%{z:.2f}", hovertemplate="%{text}<extra></extra>",
+        colorbar=dict(thickness=14, title=dict(text="Jaccard index", side="right"))))
+    name_cells(figure, frame.columns, frame.index)
+    return lay_out(figure, "What two structures have in common", 170 + 34 * len(frame))
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-n13
 def plot_places(
@@ -387,11 +377,13 @@ def plot_places(
              for name, by, row in zip(frame["name"], frame.kept_by, kept)]
     bar = dict(title=dict(text="kept by", side="right"), dtick=1, thickness=14, lenmode="pixels",
                len=min(260, 60 + 20 * len(frame)), y=1, yanchor="top")
+    figure = go.Figure(go.Heatmap(
+        z=np.where(kept > 0, frame.kept_by.to_numpy()[:, None], np.nan), zmin=0, zmax=count, xgap=1, ygap=1,
+        colorscale="Cividis", colorbar=bar, text=marks, texttemplate="%{text}", customdata=hover,
+        hovertemplate="%{customdata}<extra></extra>", hoverongaps=False))
+    name_cells(figure, shares.columns, frame["name"])
     title = f"{len(frame)} modules in {count} structures, {(frame.kept_by == count).sum()} of them in all"
-    return _heatmap(title, 150 + 20 * len(frame), shares.columns, frame["name"], zmax=count, text=marks,
-                    z=np.where(kept > 0, frame.kept_by.to_numpy()[:, None], np.nan), customdata=hover,
-                    texttemplate="%{text}", hovertemplate="%{customdata}<extra></extra>", hoverongaps=False,
-                    colorbar=bar)
+    return lay_out(figure, title, 150 + 20 * len(frame))
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-034
 def _settings(runs: Sequence[Run]) -> list[str]:
@@ -403,70 +395,35 @@ def _settings(runs: Sequence[Run]) -> list[str]:
     several = asked.groupby([str(run.result.get("task")) for run in runs]).nunique() > 1
     return [", ".join(texts) for texts in asked.loc[:, several.any()].to_numpy()]
 
-
+# %% ../../nbs/lab/13_explore.ipynb #explore-n28
 def sweep_frame(
     runs: Sequence[Run],  # those without a result are left out
     split: str = "test",  # or "validation", or another test split
-    confidence: float = 0.95,  # of the interval
-) -> pd.DataFrame:  # task, metric, setting, label, budget, seeds, mean, low, high
-    "One row per task, kind of structure and budget: mean score over seeds, and the interval of the mean."
-    keys, rows = ["task", "metric", "setting", "label", "budget"], []
-    runs = [run for run in runs if run.done]
+) -> pd.DataFrame:  # row, label, setting, metric, budget, task, seeds, mean, sd, median, low, high
+    "One row per task, kind of structure and budget: the score over seeds, as `results.summary` says it."
+    runs, rows = [run for run in runs if run.done], []
     for run, setting in zip(runs, _settings(runs) if runs else []):
         result = run.result
         for row in result.get("rows") or []:
             label = structure_kind(row["label"])
             to_budget = label in ("searched", "random") or label.endswith("-cut")
-            rows.append({"task": str(result.get("task")), "metric": str(result.get("metric")),
-                         "setting": setting, "label": label, "seed": run.params.get("seed", run.id),
-                         "budget": result["budget"] if to_budget else row["n_params"],
-                         "score": row.get(split)})
-    scores = pd.DataFrame(rows, columns=[*keys, "seed", "score"]).astype({"score": float, "seed": str})
-    scores = scores.dropna(subset="score")
-    by_seed = scores.groupby([*keys, "seed"], sort=False).score.mean()
-    found = by_seed.groupby(keys, sort=False).agg(["count", "mean", "sem"]).reset_index()
-    half = t.ppf((1 + confidence) / 2, found["count"] - 1) * found["sem"]
-    return found.rename(columns={"count": "seeds"}).drop(columns="sem").assign(
-        low=found["mean"] - half, high=found["mean"] + half).sort_values(
-        ["task", "setting", "label", "budget"], kind="stable", ignore_index=True)
+            rows.append([", ".join(filter(None, (label, setting))), label, setting, str(result.get("metric")),
+                         result["budget"] if to_budget else row["n_params"],
+                         str(run.params.get("seed", run.id)), str(result.get("task")), row.get(split)])
+    columns = ["row", "label", "setting", "metric", "budget", "seed", "task", "test"]
+    scores = pd.DataFrame(rows, columns=columns).astype({"test": float}).dropna(subset=["budget", "test"])
+    points = summary(scores.assign(n_params=np.nan, ratio=np.nan)).drop(columns=["n_params", "ratio"])
+    return points.sort_values(["task", "setting", "label", "budget"], kind="stable", ignore_index=True)
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-035
-def _curve(part: pd.DataFrame, ends: Sequence[int], **style) -> dict:
-    "x, y and bars of one label's line; all weights trained are a level, not a point far to the right."
-    if (part.label == "finetune").all():
-        return dict(x=list(ends), y=[part["mean"].mean()] * 2, mode="lines+markers", **style)
-    bars = dict(type="data", symmetric=False, array=part.high - part["mean"],
-                arrayminus=part["mean"] - part.low, thickness=1.5, width=4)
-    return dict(x=part.budget, y=part["mean"], error_y=bars, mode="lines+markers", customdata=part.seeds,
-                hovertemplate="%{x:,} parameters<br>%{y:.4f}, %{customdata} seeds", **style)
-
-
 def plot_sweep(
     frame: pd.DataFrame,  # of `sweep_frame`, not empty
+    split: str = "test",  # that its scores are of
 ) -> go.Figure:
     "Score over budget, a panel for each task, a line for each kind of structure, bars for the intervals."
-    tasks, settings = list(frame.task.unique()), list(frame.setting.unique())
-    width = min(3, len(tasks))
-    figure = make_subplots(math.ceil(len(tasks) / width), width, vertical_spacing=0.5 / len(tasks),
-                           subplot_titles=[as_text(task) for task in tasks] if len(tasks) > 1 else None)
-    part = frame[frame.label != "finetune"]
-    part = part if len(part) else frame
-    lines, seen, ends = phase_lines(part.label), set(), (part.budget.min(), part.budget.max())
-    for (task, setting, label), part in frame.groupby(["task", "setting", "label"], sort=False):
-        row, col = divmod(tasks.index(task), width)
-        name = as_text(", ".join(filter(None, (label, setting))))
-        line = (dict(color=GREY, dash="dashdot") if label == "finetune" else lines[label]) | dict(width=2)
-        style = dict(name=name, legendgroup=name, showlegend=name not in seen, line=line,
-                     marker=dict(size=8, symbol=SYMBOLS[settings.index(setting) % len(SYMBOLS)]))
-        figure.add_scatter(row=row + 1, col=col + 1, **_curve(part, ends, **style))
-        figure.update_yaxes(title_text=as_text(part.metric.iloc[0]), row=row + 1, col=col + 1)
-        seen.add(name)
-    figure.update_xaxes(title_text="trained parameters, a new head left out", type="log", tickformat="~s",
-                        dtick="D2")
-    figure.update_annotations(font_size=13)
-    title = "Score over budget, mean over seeds and its interval"
-    legend_below(lay_out(figure, title, 140 + 300 * math.ceil(len(tasks) / width)))
-    return figure.update_layout(margin_t=48 + 24 * (len(tasks) > 1))
+    panels = frame.assign(task=frame.task + ", " + frame.metric, line=frame.row, n_params=frame.budget)
+    figure = draw_sweep(panels, row_lines(frame)).update_yaxes(title_text=f"{split} score", col=1)
+    return figure.update_layout(title_text="Score over budget, mean over seeds and its 95 % interval")
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-038
 NARROW = {"description_width": "initial"}
@@ -632,7 +589,7 @@ def sweep(
     frame = attempt(says, sweep_frame, [runs[label] for label in holes], split)
     if frame is None or frame.empty:
         return [*says, f"There is no {split} score to show."], {}
-    return says, {f"sweep of {split}": (frame, plot_sweep(frame))}
+    return says, {f"sweep of {split}": (frame, plot_sweep(frame, split))}
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-n21
 class Several(View):

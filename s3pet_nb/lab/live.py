@@ -27,7 +27,7 @@ folder nothing but what was asked for."""
 # %% auto #0
 __all__ = ['SEARCH', 'STEP', 'LOOK', 'CURVES', 'AXES', 'BY_HAND', 'LEAST', 'SHARE', 'LOAD', 'DRAW', 'entropy', 'happened',
            'Watched', 'points', 'plot_curves', 'Control', 'Steered', 'stops', 'rest', 'LiveFigures', 'redrawn',
-           'settle', 'BudgetSlider', 'status', 'Monitor', 'status_html', 'StudyMonitor']
+           'settle', 'BudgetSlider', 'status', 'Following', 'Monitor', 'status_html', 'StudyMonitor']
 
 # %% ../../nbs/lab/12_live.ipynb #live-003
 import asyncio
@@ -37,7 +37,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from contextlib import suppress
+from functools import partial, partialmethod
 from pathlib import Path
 
 import anywidget
@@ -53,6 +54,7 @@ from fastcore.basics import patch
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
+from ..core import table
 from .log import Tail, Thinned, duration, find_run
 from .plot import (BLUE, GREEN, LAB_STYLE, ORANGE, PINK, draw_p, lay_out, p_frame, p_title,
                                p_traces, plain_figure)
@@ -179,10 +181,8 @@ def frames(self: Watched) -> dict[str, pd.DataFrame]:
 @patch(as_prop=True)
 def gate(self: Watched) -> Gate | None:
     "The gate at the last look, None where the log does not say it in a way that is known."
-    try:
+    with suppress(TypeError, ValueError):
         return gate_of(self.gates.get("gate"))
-    except (TypeError, ValueError):
-        return None
 
 
 @patch(as_prop=True)
@@ -194,10 +194,9 @@ def log(self: Watched) -> list[dict]:
 @patch(as_prop=True)
 def silence(self: Watched) -> float:
     "Seconds since the log grew."
-    try:
+    with suppress(FileNotFoundError):
         return time.time() - self.tail.path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+    return 0.0
 
 
 @patch
@@ -237,10 +236,13 @@ def points(
     return [{"x": frame.step.tolist(), "y": frame[column].tolist()} for frame, column in drawn]
 
 # %% ../../nbs/lab/12_live.ipynb #live-n17
-AXES = {  # title of the panel, of its left axis and of its right one
-    (1, 1): ("Budget", "trainable parameters", "zeta"), (1, 2): ("Losses and score", "loss", "score"),
-    (2, 1): ("Chosen set and gates", "churn, 1 - Jaccard", "bits"),
-    (2, 2): ("Second-order term", "share", None),
+AXES = {  # title of each panel, its left axis and its right one
+    (1, 1): ("Budget", dict(title_text="trainable parameters", rangemode="tozero", tickformat=","),
+             dict(title_text="zeta")),
+    (1, 2): ("Losses and score", dict(title_text="loss"), dict(title_text="score")),
+    (2, 1): ("Chosen set and gates", dict(title_text="churn, 1 - Jaccard", range=[0, 1.02]),
+             dict(title_text="bits", range=[0, 1.02])),
+    (2, 2): ("Second-order term", dict(title_text="share", type="log"), {}),
 }
 
 
@@ -253,13 +255,9 @@ def plot_curves(
     for (row, column, right, _, _, name, line), xy in zip(CURVES, points(frames)):
         figure.add_scatter(**xy, name=name, line=line, mode="lines", row=row, col=column, secondary_y=right)
     for (row, column), (_, left, right) in AXES.items():
-        panel = dict(row=row, col=column)
-        figure.update_xaxes(title_text="step", **panel)
-        figure.update_yaxes(title_text=left, secondary_y=False, **panel)
-        figure.update_yaxes(title_text=right, showgrid=False, secondary_y=True, **panel)
-    figure.update_yaxes(rangemode="tozero", tickformat=",", row=1, col=1, secondary_y=False)
-    figure.update_yaxes(range=[0, 1.02], row=2, col=1)
-    figure.update_yaxes(type="log", row=2, col=2, secondary_y=False)
+        figure.update_yaxes(left, row=row, col=column, secondary_y=False)
+        figure.update_yaxes(right, row=row, col=column, secondary_y=True, showgrid=False)
+    figure.update_xaxes(title_text="step")
     lay_out(figure, "", height=600).update_layout(hovermode="x unified", margin_t=40, margin_b=120)
     return figure.update_layout(legend=dict(y=-0.16, yanchor="top"))
 
@@ -454,10 +452,7 @@ def settle(change: object = None) -> None:
 class BudgetSlider(widgets.FloatLogSlider):
     "A budget between the smallest candidate and all of them."
 
-    def __init__(self,
-                 description: str,
-                 **settings: object,
-                 ):
+    def __init__(self, description: str, **settings: object):
         super().__init__(description=description, readout_format=",.0f", step=0.01, disabled=True,
                          style={"description_width": "initial"}, **settings)
 
@@ -497,8 +492,20 @@ def status(watched: Watched) -> str:
     words += ["paused"] * watched.paused + [watched.ended] * bool(watched.ended) + ["done"] * watched.run.done
     return " · ".join(words)
 
+# %% ../../nbs/lab/12_live.ipynb #live-n48
+class Following:
+    "Something with a `box` in a cell, which `follow` keeps up to date until it is `over`."
+
+    following = None  # the task that does so
+
+    def _ipython_display_(self) -> None:
+        display(self.box)
+        if not self.over and self.following is None:
+            with suppress(RuntimeError):  # no event loop, so nobody to follow for
+                self.following = asyncio.get_running_loop().create_task(self.follow())
+
 # %% ../../nbs/lab/12_live.ipynb #live-036
-class Monitor:
+class Monitor(Following):
     """A run in a cell: figures that follow it, and controls.
 
     Show it as the last value of a cell, or let it `steer` a search. Raises `UnknownName` for an unknown id.
@@ -513,10 +520,28 @@ class Monitor:
                  ):
         self.run = find_run(run, root)
         self.watched, self.control = Watched(self.run), Control(self.run.folder)
-        self.space, self.heat, self.curves, self.following = None, None, None, None
+        self.space, self.heat, self.curves = None, None, None
         self.fresh, self.read_at, self.draw_at = False, 0.0, 0.0  # anything to draw; when to read, to draw
         self.build()
         self.look()
+
+    @property
+    def over(self) -> bool:
+        "Whether the run is done."
+        return self.run.done
+
+    def ask(self, **what: bool | int) -> None:
+        "Write what is asked, and show that it was."
+        self.control.ask(**what)
+        self.tell()
+
+    pause = partialmethod(ask, paused=True)  # after the next step
+    resume = partialmethod(ask, paused=False)
+    stop = partialmethod(ask, stop=True)  # end the search or training after its next step, with what it found
+
+    def checkpoint(self) -> None:
+        "Ask the run for a checkpoint after its next step."
+        self.ask(checkpoint=self.control.read()["checkpoint"] + 1)
 
 # %% ../../nbs/lab/12_live.ipynb #live-n30
 def _button(description: str, icon: str, tooltip: str, press: Callable[[], None]) -> widgets.Button:
@@ -544,42 +569,11 @@ def build(self: Monitor) -> None:
     self.box = widgets.VBox([widgets.HTML(LAB_STYLE), controls, self.line, self.notes, self.live])
     self.box.add_class("s3pet-lab")
 
-# %% ../../nbs/lab/12_live.ipynb #live-n32
-@patch
-def ask(self: Monitor, **what: bool | int) -> None:
-    "Write what is asked, and show that it was."
-    self.control.ask(**what)
-    self.tell()
-
-
-@patch
-def pause(self: Monitor) -> None:
-    "Ask the run to wait after its next step."
-    self.ask(paused=True)
-
-
-@patch
-def resume(self: Monitor) -> None:
-    "Let a run that waits go on."
-    self.ask(paused=False)
-
-
-@patch
-def stop(self: Monitor) -> None:
-    "Ask the search or training that goes on to end after its next step, with what it has found."
-    self.ask(stop=True)
-
-
-@patch
-def checkpoint(self: Monitor) -> None:
-    "Ask the run for a checkpoint after its next step."
-    self.ask(checkpoint=self.control.read()["checkpoint"] + 1)
-
 # %% ../../nbs/lab/12_live.ipynb #live-n33
 @patch
 def tell(self: Monitor) -> None:
     "Update buttons and lines of text."
-    asked, watched, done = self.control.read(), self.watched, self.run.done
+    asked, watched, done = self.control.read(), self.watched, self.over
     paused, silence = asked["paused"], watched.silence
     self.pausing.description, self.pausing.icon = ("Resume", "play") if paused else ("Pause", "pause")
     words = [status(watched)] + ["stopping"] * asked["stop"]
@@ -674,20 +668,10 @@ def safely(self: Monitor, show: Callable[[], None]) -> None:
 @patch
 async def follow(self: Monitor) -> None:
     "Draw as the run goes on, until it is done."
-    while not self.run.done:
+    while not self.over:
         self.safely(self.look_on)
         await asyncio.sleep(LEAST / 2)
     self.safely(self.look)
-
-
-@patch
-def _ipython_display_(self: Monitor) -> None:
-    display(self.box)
-    if not self.run.done and self.following is None:
-        try:
-            self.following = asyncio.get_running_loop().create_task(self.follow())
-        except RuntimeError:  # no event loop, so nobody to follow for
-            pass
 
 # %% ../../nbs/lab/12_live.ipynb #live-n43
 @patch
@@ -699,9 +683,7 @@ def static(self: Monitor) -> list[go.Figure]:
 
 
 @patch
-def leave(self: Monitor,
-          shown: DisplayHandle,  # of the box
-          ) -> None:
+def leave(self: Monitor, shown: DisplayHandle) -> None:
     "Put figures that a saved notebook keeps in the place of those that need a kernel."
     text = f"run {self.run.study}/{self.run.id}: {status(self.watched)}"
     first, *others = [{"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "text/plain": text}
@@ -753,19 +735,18 @@ def status_html(
     share = 100 * status["counts"]["done"] / max(1, status["asked"])
     bar = ("<div style='height:6px;max-width:420px;background:#8884;border-radius:3px'>"
            f"<div style='height:6px;width:{share:.0f}%;background:#0072B2;border-radius:3px'></div></div>")
-    rows = [(job["id"], job["method"], point(job), step(job), duration(now - job["since"]))
-            for job in status["jobs"] if job["state"] == "running"]
-    rows += [(job["id"], job["method"], point(job), job["state"], job["cause"])
-             for job in status["jobs"] if job["state"] == "failed"]
-    cell = "<td style='text-align:left;padding:1px 14px 1px 0'>"
-    table = "".join("<tr>" + "".join(f"{cell}{html.escape(str(value))}</td>" for value in row) + "</tr>"
-                    for row in rows)
+    last = {"running": lambda job: (step(job), duration(now - job["since"])),
+            "failed": lambda job: (job["state"], job["cause"])}
+    rows = [(job["id"], job["method"], point(job), *last[state](job))
+            for state in last for job in status["jobs"] if job["state"] == state]
+    columns = ["run", "method", "point", "state", "for how long, or why"]
+    jobs = table(pd.DataFrame(rows, columns=columns)) if rows else ""
     return (f"<p><b>{html.escape(status['study'])}</b> {html.escape(status['title'])}<br>"
-            f"{html.escape(headline(status, now))}</p>{bar}<table>{table}</table>"
+            f"{html.escape(headline(status, now))}</p>{bar}{jobs}"
             f"<p style='opacity:.7'>{html.escape(machine_line(status))}</p>")
 
 # %% ../../nbs/lab/12_live.ipynb #live-study-4
-class StudyMonitor:
+class StudyMonitor(Following):
     "A study in a cell: how far it is, as long as it goes on."
 
     GLANCE = 1.0  # seconds between two looks
@@ -775,8 +756,7 @@ class StudyMonitor:
                  root: str | os.PathLike = "reports",  # folder of all studies
                  ):
         self.path = Path(root) / study / STATUS
-        self.status, self.following = {}, None
-        self.box = widgets.HTML()
+        self.status, self.box = {}, widgets.HTML()
         self.box.add_class("s3pet-status")
         if not self.path.is_file():
             raise FileNotFoundError(f"no study {study!r} was run under {str(root)!r}; start it with "
@@ -802,11 +782,3 @@ class StudyMonitor:
         while not self.over:
             self.look()
             await asyncio.sleep(self.GLANCE)
-
-    def _ipython_display_(self) -> None:
-        display(self.box)
-        if not self.over and self.following is None:
-            try:
-                self.following = asyncio.get_running_loop().create_task(self.follow())
-            except RuntimeError:  # no event loop, so nobody to follow for
-                pass

@@ -11,7 +11,6 @@ What this module does not do: it knows no record's meaning, and draws nothing.""
 __all__ = ['CHUNK', 'Tail', 'Thinned', 'find_run', 'duration']
 
 # %% ../../nbs/lab/01_log.ipynb #log-003
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,28 +18,17 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import UnknownName
-from .store import Run, run_folders
+from ..core import check_names
+from .store import Run, parse_object, run_folders
 
 # %% ../../nbs/lab/01_log.ipynb #live-011
 CHUNK = 2 ** 20  # bytes of a log that are read at once
 
 
-def _record(line: bytes) -> dict | None:
-    "The record of a line, None if it is none."
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
-
-# %% ../../nbs/lab/01_log.ipynb #live-006
 class Tail:
     "What a growing file of JSON lines has said since the last look."
 
-    def __init__(self,
-                 path: str | os.PathLike,  # it need not exist yet
-                 ):
+    def __init__(self, path: str | os.PathLike):  # it need not exist yet
         self.path = Path(path)
         self.begin()
 
@@ -61,7 +49,7 @@ class Tail:
         self.more = bool(whole)  # perhaps: there is when the next look finds some
         self.place += sum(map(len, whole))
         self.tip = whole[-1] if whole else self.tip
-        records = [_record(line) for line in whole]
+        records = [parse_object(line) for line in whole]
         self.faults += records.count(None)
         return [record for record in records if record is not None], again
 
@@ -81,9 +69,7 @@ def _lines(self: Tail) -> tuple[list[bytes], bool]:
 class Thinned:
     "Rows in order, at most `most`: all of them, or every second, fourth … one; and the last."
 
-    def __init__(self,
-                 most: int = 500,
-                 ):
+    def __init__(self, most: int = 500):
         self.most, self.rows, self.every, self.count, self.last = most, [], 1, 0, None
 
     def add(self, row: dict) -> None:
@@ -94,10 +80,8 @@ class Thinned:
             self.rows, self.every = self.rows[::2], 2 * self.every
         self.count, self.last = self.count + 1, row
 
-    def frame(self,
-              columns: Iterable[str],  # of the frame; what a row lacks is missing there
-              ) -> pd.DataFrame:
-        "The rows as numbers."
+    def frame(self, columns: Iterable[str]) -> pd.DataFrame:
+        "The rows as numbers, with these columns; what a row lacks is missing there."
         ends = [] if not self.rows or self.rows[-1] is self.last else [self.last]
         rows = [[row.get(name) for name in columns] for row in self.rows + ends]
         return pd.DataFrame(rows, columns=list(columns), dtype=float)
@@ -113,18 +97,15 @@ def find_run(
     if Path(run).is_dir():
         return Run(run)
     known = run_folders(root)
+    check_names(f"run under {root}", [str(run)], [each.id for each in known])
     named = [each for each in known if each.id == str(run)]
-    if not named:
-        raise UnknownName(f"run under {root}", str(run), [each.id for each in known])
     if len(named) > 1:
         places = " and ".join(str(each.folder) for each in named)
         raise ValueError(f"run {run} is in {len(named)} studies, {places}; give one of these folders")
     return named[0]
 
-
-def duration(
-    seconds: float,
-) -> str:
+# %% ../../nbs/lab/01_log.ipynb #log-duration
+def duration(seconds: float) -> str:
     "Seconds as a person says them: 40 s, 3 min 20 s, 2 h 5 min."
     whole = round(seconds)
     if whole < 60:

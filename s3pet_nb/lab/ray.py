@@ -42,13 +42,8 @@ from .run import Launch
 from .study import Question
 
 # %% ../../nbs/lab/11_ray.ipynb #cluster-006
-def packed(
-    task: Mapping,  # as `carry_out` takes it, with a time limit
-    probe: str | os.PathLike,  # a file that whoever shares the results' folder sees
-    cpus: float = 1.0,
-    gpus: float = 0.0,
-) -> dict:  # of text and numbers
-    "A task that any node understands."
+def packed(task: Mapping, probe: str | os.PathLike, cpus: float = 1.0, gpus: float = 0.0) -> dict:
+    "A task of `pool` as any node understands it; `probe` is a file that who shares the results' folder sees."
     by_path = Path(task["template"]).suffix == ".ipynb"
     return {**task, "root": str(Path(task["root"]).absolute()),
             "template": str(Path(task["template"]).absolute()) if by_path else task["template"],
@@ -63,10 +58,8 @@ def _known_here(task: Mapping) -> bool:
     return False
 
 
-def execute_task(
-    task: Mapping,  # of `packed`
-) -> dict:  # as of `carry_out`
-    "Execute a run on this node."
+def execute_task(task: Mapping) -> dict:
+    "Execute a run on this node, as `packed` describes it; what became of it, as of `carry_out`."
     environment = {"OMP_NUM_THREADS": str(task["threads"])}
     if not task["gpus"]:
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -82,12 +75,8 @@ def execute_task(
     return carry_out(task, Launch(environment, None, task["time_limit"]))
 
 # %% ../../nbs/lab/11_ray.ipynb #cluster-018
-def room(
-    resources: Mapping[str, float],  # of one node: CPU, GPU
-    cpus: float,  # of each run
-    gpus: float,  # likewise
-) -> int:
-    "How many runs fit onto a node."
+def room(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
+    "How many runs that take `cpus` and `gpus` each fit onto a node with these resources, CPU and GPU."
     return min(math.floor(resources.get(name, 0) / share + 1e-9)
                for name, share in (("CPU", cpus), ("GPU", gpus)) if share)
 
@@ -104,7 +93,7 @@ def _ray() -> ModuleType:
         raise ImportError("a study on a cluster needs Ray; pip install 's3pet_nb[ray]'") from None
     return ray
 
-
+# %% ../../nbs/lab/11_ray.ipynb #ray-connect
 def _connect(ray: ModuleType, address: str | None) -> None:
     "Join a cluster, or start one of this machine alone."
     try:
@@ -195,7 +184,7 @@ def _leave(self: Ray) -> None:
     if self.own:
         self.ray.shutdown()  # what was started here; from what was joined it only parts
 
-
+# %% ../../nbs/lab/11_ray.ipynb #ray-submit
 @patch(as_prop=True)
 def slots(self: Ray) -> int:
     "Runs that fit now, at least one, and no fewer than were handed out: these go on when a node is lost."

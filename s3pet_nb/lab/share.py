@@ -26,20 +26,18 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import pandas as pd
-import safetensors
 import safetensors.torch
 import transformers
 import yaml
-from huggingface_hub.errors import HTTPError
 from torch import Tensor
 
-from ..core import UnknownName, write_bytes
+from ..core import check_names, write_bytes
 from .store import Run
 from ..learn.train import TrainResult
 from ..model.backbone import HEADS, PACKAGED
@@ -71,8 +69,7 @@ def save(
     "Write a trained structure; `ValueError` where the whole model was trained, or for another head."
     if trained.structure is None:
         raise ValueError("the whole model was trained; save it with its own save_pretrained")
-    if head not in HEADS:
-        raise UnknownName("head", head, HEADS)
+    check_names("head", [head], HEADS)
     n_labels = 1 if head == "regress" else n_labels
     _check_labels(n_labels, {name: tensor.shape for name, tensor in trained.tensors.items()})
     folder = Path(folder)
@@ -94,10 +91,8 @@ class Tuned:
     head: str  # a name in `HEADS`
     n_labels: int
 
-    def on(self,
-           model: transformers.PreTrainedModel,  # the backbone, with a head of this kind
-           ) -> AbstractContextManager[GatedModel]:
-        "`model` with what was trained; on exit it is bit for bit what it was."
+    def on(self, model: transformers.PreTrainedModel) -> AbstractContextManager[GatedModel]:
+        "The backbone `model`, with a head of this kind, with what was trained; on exit it is what it was."
         return self.structure.apply(model, self.tensors, self.seed)
 
     def __repr__(self) -> str:
@@ -107,9 +102,8 @@ class Tuned:
 def _check(about: Mapping[str, str], digest: str, structure: Structure,
            shapes: Mapping[str, Sequence[int]]) -> None:
     "`ValueError` unless the weights belong to the structure."
-    counts = [about.get(name, "") for name in ("seed", "n_labels")]
-    if (about.get("holds") != HOLDS or about.get("head") not in HEADS
-            or not all(count.isdecimal() and len(count) < 16 for count in counts)):
+    counts = all(re.fullmatch(r"\d{1,15}", about.get(name, "")) for name in ("seed", "n_labels"))
+    if about.get("holds") != HOLDS or about.get("head") not in HEADS or not counts:
         raise ValueError("its metadata are not those of trained weights")
     if about.get("structure") != digest:
         raise ValueError("its weights are of another structure than the one beside")
@@ -201,12 +195,10 @@ def _metadata(structure: Structure) -> str:
     "What the hub reads, as YAML."
     about = {"library_name": "s3pet_nb",
              "tags": ["parameter-efficient-tuning", *sorted({kept.module for kept in structure.modules})]}
-    try:
+    with suppress(huggingface_hub.errors.HFValidationError):
         huggingface_hub.utils.validate_repo_id(structure.backbone)
         if structure.backbone not in PACKAGED and not Path(structure.backbone).exists():
             about["base_model"] = structure.backbone
-    except huggingface_hub.errors.HFValidationError:
-        pass
     return yaml.safe_dump(about, sort_keys=False)
 
 # %% ../../nbs/lab/06_share.ipynb #share-n42
@@ -261,7 +253,7 @@ def _asking(repo_id: str) -> Iterator[None]:
     "Within it, a hub that cannot be reached or that refuses is one sentence."
     try:
         yield
-    except HTTPError as refused:
+    except huggingface_hub.errors.HTTPError as refused:
         why = str(refused).partition("\n")[0]
         raise ConnectionError(f"the hub gave no access to {repo_id!r} ({why}); check the name and the "
                               "network, and log in with `hf auth login`") from refused

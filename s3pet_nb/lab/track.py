@@ -66,7 +66,7 @@ class Tracker(Protocol):
     def end(self, done: bool) -> None:
         "Close the tracker's run, as finished if it is done, else as failed."
 
-
+# %% ../../nbs/lab/05_track.ipynb #track-installed
 def installed(package: str, pip: str) -> ModuleType:
     "The package, or an `ImportError` that says what to install: `pip`, as pip takes it."
     try:
@@ -181,7 +181,7 @@ def deliver(log: Tracked, last: bool) -> None:
     if last and log.started:
         log.tracker.end(log.run.done)
 
-
+# %% ../../nbs/lab/05_track.ipynb #track-send-patch
 @patch
 def send(self: Tracked, last: bool = False) -> None:
     "Send what waits, as the last if so; if the tracker fails, warn and do without it from now on."
@@ -195,7 +195,7 @@ def send(self: Tracked, last: bool = False) -> None:
         warnings.warn(f"{name} failed and gets no more of run {self.run.id}: {reason}; "
                       "the run goes on, and its log.jsonl has every record", stacklevel=4)
 
-
+# %% ../../nbs/lab/05_track.ipynb #track-tracked
 def tracked(run: Run) -> Log:  # what to give as `log`
     "The run, with the tracker that S3PET_TRACK names beside it; `UnknownName` or `ImportError` without one."
     name = os.environ.get("S3PET_TRACK")

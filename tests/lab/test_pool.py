@@ -4,6 +4,7 @@ import os
 import subprocess
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from templates import write_counting, write_template
 import s3pet_nb.lab.pool
 from s3pet_nb.core import UnknownName
 from s3pet_nb.lab.live import StudyMonitor
-from s3pet_nb.lab.pool import (STATUS, Estimate, Job, Local, Rules, StudyState, carry_out, cores, finished,
-                               gpu_use, gpus, plan, recorded, run_study, slot_environments)
+from s3pet_nb.lab.pool import (STATUS, Job, Local, Rules, carry_out, cores, finished, gpu_use, gpus, job_status,
+                               plan, recorded, run_study, seconds_left, slot_environments)
 from s3pet_nb.lab.run import RUN_MARK, Launch, claim
 from s3pet_nb.lab.study import Faults, Question, checked
 
@@ -270,22 +271,23 @@ def test_the_step_of_a_running_run_is_read_from_its_log(tmp_path):
     jobs = plan(asked, tmp_path)
     jobs[0].folder.mkdir(parents=True)
     jobs[0].state = "running"
-    state = StudyState(asked, jobs, 1)
-    assert "step" not in state.job_status(jobs[0])
+    assert "step" not in job_status(asked, jobs[0])
     (jobs[0].folder / "log.jsonl").write_text('{"event": "step", "phase": "search", "step": 3, "steps": 9}\n{"eve')
-    assert state.job_status(jobs[0])["step"] == 3 and state.job_status(jobs[0])["phase"] == "search"
+    assert job_status(asked, jobs[0])["step"] == 3 and job_status(asked, jobs[0])["phase"] == "search"
 
 
 def test_what_is_left_is_estimated_by_method_and_slots(tmp_path):
     asked = counted(tmp_path, [0, 1], methods={"fast": {}, "slow": {"params": {"pause": 0.1}}})
-    jobs, estimate = plan(asked, tmp_path), Estimate()
-    assert estimate.left(jobs, 1, 0) is None
-    estimate.seconds = {"fast": [10.0, 20.0]}
-    assert estimate.left(jobs, 1, 0) == 60 and estimate.left(jobs, 4, 0) == 15
-    estimate.seconds["slow"] = [100.0]
-    assert estimate.left(jobs, 2, 0) == (15 + 15 + 100 + 100) / 2
+    jobs = plan(asked, tmp_path)
+    fast, slow = (next(job for job in jobs if job.question.method == method) for method in ("fast", "slow"))
+    assert seconds_left(jobs, 1, 0) is None
+    over = [replace(fast, state="done", seconds=seconds) for seconds in (10.0, 20.0)]
+    assert seconds_left(jobs + over, 1, 0) == 60 and seconds_left(jobs + over, 4, 0) == 15
+    over += [replace(slow, state="done", seconds=100.0)]
+    assert seconds_left(jobs + over, 2, 0) == (15 + 15 + 100 + 100) / 2
+    assert seconds_left(over, 2, 0) == 0
     jobs[0].state, jobs[0].since = "running", 90
-    assert estimate.left(jobs, 1, 100) == 5 + 15 + 200
+    assert seconds_left(jobs + over, 1, 100) == 5 + 15 + 200
 
 
 def test_a_result_beside_a_running_notebook_is_none(tmp_path):

@@ -96,9 +96,7 @@ for name in "bert", "roberta":
 
 # %% ../../nbs/model/00_backbone.ipynb #backbone-012
 FAMILIES.register("deberta-v2")(Family(
-    {"encoder": Stack("encoder.layer",
-                      BERT_LINEAR | {"q": "attention.self.query_proj", "k": "attention.self.key_proj",
-                                     "v": "attention.self.value_proj"},
+    {"encoder": Stack("encoder.layer", BERT_LINEAR | {role: f"{BERT_LINEAR[role]}_proj" for role in "qkv"},
                       BERT_NORM, {"embed_norm": "embeddings.LayerNorm", "rel_norm": "encoder.LayerNorm"})},
     BERT_TINY | dict(relative_attention=True, position_buckets=4, norm_rel_ebd="layer_norm",
                      share_att_key=True, pos_att_type="p2c|c2p", position_biased_input=False,
@@ -119,8 +117,7 @@ FAMILIES.register("t5")(Family(
                       {"final_norm": "encoder.final_layer_norm"}),
      "decoder": Stack("decoder.block", T5_ATTENTION | T5_CROSS | t5_ffn(2),
                       {"attn_norm": "layer.0.layer_norm", "cross_norm": "layer.1.layer_norm",
-                       "ffn_norm": "layer.2.layer_norm"},
-                      {"final_norm": "decoder.final_layer_norm"})},
+                       "ffn_norm": "layer.2.layer_norm"}, {"final_norm": "decoder.final_layer_norm"})},
     dict(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=2,
          decoder_start_token_id=0)))
 
@@ -132,9 +129,8 @@ FAMILIES.register("gpt2")(Family(
          pad_token_id=2)))
 
 LLAMA = Family(
-    {"decoder": Stack("layers", {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-                                 "o": "self_attn.o_proj", "wi_0": "mlp.gate_proj", "wi_1": "mlp.up_proj",
-                                 "wo": "mlp.down_proj"},
+    {"decoder": Stack("layers", {role: f"self_attn.{role}_proj" for role in "qkvo"}
+                      | {"wi_0": "mlp.gate_proj", "wi_1": "mlp.up_proj", "wo": "mlp.down_proj"},
                       {"attn_norm": "input_layernorm", "q_norm": "self_attn.q_norm",
                        "k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm"},
                       {"final_norm": "norm"})},
@@ -157,10 +153,10 @@ def family_of(model: transformers.PreTrainedModel) -> Family:
     "The row of `FAMILIES` that describes `model`; `LookupError` naming the model's modules if there is none."
     model_type = model.config.model_type
     if model_type not in FAMILIES:
-        raise LookupError(f"no row for backbone family {model_type!r}; "
-                          f"there are rows for {', '.join(FAMILIES)}. "
-                          f"Add one with FAMILIES.register({model_type!r})(Family(...)) from this model's "
-                          f"own modules: {', '.join(leaf_names(model.base_model))}")
+        raise LookupError(
+            f"no row for backbone family {model_type!r}; there are rows for {', '.join(FAMILIES)}. Add one "
+            f"with FAMILIES.register({model_type!r})(Family(...)) from this model's own modules: "
+            f"{', '.join(leaf_names(model.base_model))}")
     return FAMILIES[model_type]
 
 # %% ../../nbs/model/00_backbone.ipynb #backbone-021
@@ -328,15 +324,13 @@ def packaged_folder(name: str) -> Path:
 @contextmanager
 def quiet() -> Iterator[None]:
     "Silence transformers' loading report and progress bar; what matters of it is in our own errors."
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
+    with ExitStack() as undo:
+        undo.callback(hf_logging.set_verbosity, hf_logging.get_verbosity())
+        if hf_logging.is_progress_bar_enabled():
+            undo.callback(hf_logging.enable_progress_bar)
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
         yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -351,15 +345,12 @@ def _reading(name_or_path: str | Path) -> Iterator[str | Path]:
                 "model.safetensors and the tokenizer's files, or a hub name that can be reached") from missing
 
 # %% ../../nbs/model/00_backbone.ipynb #backbone-040
-def blueprint(
-    name_or_path: str | Path,  # "minilm", a folder, or a hub name
-    head: str = "classify",  # "classify", "regress", "seq2seq" or "causal"
-    n_labels: int = 2,  # width of the head for "classify"
-) -> transformers.PreTrainedModel:
+def blueprint(name_or_path: str | Path, head: str = "classify",
+              n_labels: int = 2) -> transformers.PreTrainedModel:
     """The model that `load_backbone` would give, on the meta device: shapes without weights, in a moment.
 
-    Raises `FileNotFoundError` if there is no configuration of that name, `LookupError` for a family without a
-    row.
+    Arguments as there. Raises `FileNotFoundError` if there is no configuration of that name, `LookupError`
+    for a family without a row.
     """
     make = getattr(transformers, HEADS[head])
     labels = {"num_labels": 1 if head == "regress" else n_labels} if head in ("classify", "regress") else {}

@@ -27,6 +27,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ import numpy as np
 import safetensors.numpy
 from fastcore.basics import patch
 
-from ..core import UnknownName, write_bytes, write_text
+from ..core import UnknownName, check_names, write_bytes, write_text
 from .backbone import KINDS
 from .pet import Settings, check_settings
 from .space import ROLES, Candidate, Rule, check_rules, module_name
@@ -130,11 +131,9 @@ def _beside(path: Path) -> Path:
 
 
 def _holds_masks(path: Path) -> bool:
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            return file.metadata() == HOLDS
-    except (OSError, safetensors.SafetensorError):
-        return False
+    with suppress(OSError, safetensors.SafetensorError), safetensors.safe_open(path, "np") as file:
+        return file.metadata() == HOLDS
+    return False
 
 
 def _packed(modules: Sequence[Kept]) -> bytes:
@@ -145,10 +144,8 @@ def _packed(modules: Sequence[Kept]) -> bytes:
 
 # %% ../../nbs/model/07_file.ipynb #file-n56
 @patch
-def save(self: Record,
-         path: str | os.PathLike,  # its folder exists
-         ) -> None:
-    """Write the record as JSON, one line per rule and per module.
+def save(self: Record, path: str | os.PathLike) -> None:
+    """Write the record as JSON, one line per rule and per module, into a folder that exists.
 
     Masks, if a module is kept in part, go before it into the .safetensors file of the same name; without any,
     those of an earlier structure are removed there. Each file is written atomically; where a save dies
@@ -239,10 +236,8 @@ STACKS = {stack for kind in KINDS for stack in kind}
 
 def _kept(entry: object) -> Kept:
     kept = Kept(**_checked(entry, LINE))
-    if kept.stack not in STACKS:
-        raise UnknownName("stack", kept.stack, STACKS)
-    if kept.role not in ROLES:
-        raise UnknownName("role", kept.role, ROLES)
+    check_names("stack", [kept.stack], STACKS)
+    check_names("role", [kept.role], ROLES)
     if not all(part.isidentifier() or part.isdigit() for part in kept.path.split(".")):
         raise ValueError(f"path is {kept.path[:40]!r}; give the name of a module, such as encoder.layer.0")
     check_settings(kept.module, kept.settings)
@@ -332,9 +327,7 @@ def _with_bits(values: dict, path: Path, sha256: str) -> dict:
 
 # %% ../../nbs/model/07_file.ipynb #file-n73
 @patch(cls_method=True)
-def load(cls: Record,
-         path: str | os.PathLike,
-         ) -> Record:
+def load(cls: Record, path: str | os.PathLike) -> Record:
     "Read a structure file and the masks beside it; `ValueError` naming the first thing that is wrong."
     path = Path(path)
     try:

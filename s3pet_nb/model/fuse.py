@@ -100,8 +100,7 @@ KEEPS_ITS_ARGUMENT = (GELUActivation, GELUTanh, NewGELUActivation, nn.GELU)  # f
 class Activated:
     "The last result of the activations of a model, as long as it is there, and what it was computed from."
 
-    def __init__(self):
-        self.forget()
+    out = act = x = None
 
     def forget(self, *_: object) -> None:
         "Keep nothing."
@@ -117,6 +116,12 @@ class Activated:
         return (self.act, self.x) if known else (None, h)
 
 # %% ../../nbs/model/04_fuse.ipynb #fuse-013
+def _own_vector(owner: nn.Module, name: str, like: Tensor) -> Tensor:
+    "The backbone's vector, or zeros."
+    vector = owner._parameters.get(name)
+    return torch.zeros_like(like, dtype=owner.weight.dtype) if vector is None else vector.detach()
+
+
 class Vectors:
     "Shifted weight vectors of one width: for all of them one product of their Deltas with the gates."
 
@@ -133,16 +138,10 @@ class Vectors:
         candidates, pets, rows = zip(*self.shifts)
         deltas = torch.stack([pet.vector() for pet in pets])  # (K, d)
         shifts = z[torch.tensor(candidates, device=z.device), None] * deltas
-        base = torch.stack([self.own(*slot, like=deltas[0]) for slot in self.slots])
+        base = torch.stack([_own_vector(*slot, like=deltas[0]) for slot in self.slots])
         shifted = base.index_add(0, torch.tensor(rows, device=z.device), shifts.to(base.dtype))
         for (owner, name), vector in zip(self.slots, shifted.unbind()):
             vars(owner)[name] = vector
-
-    @staticmethod
-    def own(owner: nn.Module, name: str, like: Tensor) -> Tensor:
-        "The backbone's vector, or zeros."
-        vector = owner._parameters.get(name)
-        return torch.zeros_like(like, dtype=owner.weight.dtype) if vector is None else vector.detach()
 
     def clear(self) -> None:
         "Let the owners have their own vectors back."

@@ -197,17 +197,14 @@ class HardConcrete(Gate):
     def z(self, p: Tensor, u: Tensor) -> Tensor:
         return self._stretch(torch.sigmoid((_logit(u) + _logit(p) + self._shift) / self.beta))
 
+    @property
+    def _shift(self) -> float:
+        return self.beta * math.log(-self.low / self.high)
+
+    def _stretch(self, s: Tensor) -> Tensor:
+        return (s * (self.high - self.low) + self.low).clamp(0, 1)
+
 # %% ../../nbs/model/03_gate.ipynb #gate-n03
-@patch(as_prop=True)
-def _shift(self: HardConcrete) -> float:
-    return self.beta * math.log(-self.low / self.high)
-
-
-@patch
-def _stretch(self: HardConcrete, s: Tensor) -> Tensor:
-    return (s * (self.high - self.low) + self.low).clamp(0, 1)
-
-
 @patch
 def expected(self: HardConcrete, p: Tensor) -> Tensor:
     "The stretched sigmoid of alpha, cut at 0 and 1."
@@ -265,8 +262,7 @@ class Annealed(Gate):
         self.at(0.0)
 
     def _schedules(self) -> dict[str, Schedule]:
-        schedules = {"tau": self.tau, "beta": self.beta}
-        return {name: schedule for name, schedule in schedules.items() if schedule is not None}
+        return {name: schedule for name in ("tau", "beta") if (schedule := getattr(self, name)) is not None}
 
     def at(self, progress: float) -> Gate:
         "A plain gate with the temperatures at `progress`; `ValueError` if that is not in [0, 1]."
@@ -286,10 +282,9 @@ def _maker(kind: type[Gate], **fixed: str) -> Callable[..., Gate]:
     return make
 
 
-GATES = Registry("gate", {"global": _maker(ShiftedSigmoid, scope="global"),
-                          "local": _maker(ShiftedSigmoid, scope="local"),
-                          "straight-through": _maker(StraightThrough),
-                          "hard-concrete": _maker(HardConcrete)})
+GATES = Registry("gate", {
+    "global": _maker(ShiftedSigmoid, scope="global"), "local": _maker(ShiftedSigmoid, scope="local"),
+    "straight-through": _maker(StraightThrough), "hard-concrete": _maker(HardConcrete)})
 
 # %% ../../nbs/model/03_gate.ipynb #gate-036
 PLAIN = {kind.__name__: kind for kind in (ShiftedSigmoid, StraightThrough, HardConcrete)}

@@ -246,8 +246,7 @@ class LowRankAdapter(PETModule):
         self.up_in = nn.Parameter(torch.empty(rank, bottleneck))
         self.up_out = nn.Parameter(torch.zeros(position.d_out, rank))
         self.up_bias = nn.Parameter(torch.zeros(position.d_out))
-        drawn = [self.down_in, self.down_out, self.up_in] + [self.up_out] * (init == "glorot")
-        for factor in drawn:
+        for factor in [self.down_in, self.down_out, self.up_in] + [self.up_out] * (init == "glorot"):
             nn.init.xavier_uniform_(factor)
 
     @staticmethod

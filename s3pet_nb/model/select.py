@@ -23,7 +23,7 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
-from ..core import UnknownName
+from ..core import check_names
 from .budget import check_budget
 
 # %% ../../nbs/model/06_select.ipynb #select-n32
@@ -71,8 +71,7 @@ def select(
 
     `ValueError` for a bad B, one under which drop keeps nothing, and a p that is not N finite numbers.
     """
-    if method not in METHODS:
-        raise UnknownName("selection method", method, METHODS)
+    check_names("selection method", [method], METHODS)
     check_budget(B, n)
     if p.shape != n.shape or not p.isfinite().all():
         raise ValueError(f"p must be {len(n)} finite numbers, one per candidate; "
@@ -80,11 +79,10 @@ def select(
     return torch.from_numpy(METHODS[method](p.detach().double().numpy(), n.numpy(), B))
 
 # %% ../../nbs/model/06_select.ipynb #select-n43
-def gap(
-    p: Tensor,  # gate probabilities, (N,)
-    n: Tensor,  # parameters of each candidate, (N,) ints
-    B: int,  # budget, a count
-) -> float:
-    "What greedy leaves behind: (sum of p of the exact set - that of the greedy set) / that of the exact set."
+def gap(p: Tensor, n: Tensor, B: int) -> float:
+    """What greedy leaves behind; arguments as in `select`.
+
+    (sum of p of the exact set - that of the greedy set) / that of the exact set
+    """
     exact, greedy = (float(p[select(p, n, B, method)].sum()) for method in ("exact", "greedy"))
     return (exact - greedy) / exact if exact else 0.0

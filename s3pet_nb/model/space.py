@@ -33,9 +33,9 @@ from hashlib import blake2b
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 from fastcore.basics import patch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..core import Registry, check_names, evaluating, n_params, table
 from .backbone import Position, head_parameters, positions, shape_of
@@ -231,14 +231,13 @@ def _candidates(places: list[Position], rules: tuple[Rule, ...], family: str) ->
     candidates = [Candidate(position, rule.module, rule.settings,
                             PET_MODULES[rule.module].size(position, **rule.settings))
                   for position in places for rule in rules if rule.fits(position)]
-    twice = [name for name, count in Counter(c.name for c in candidates).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(c.name for c in candidates).items() if count > 1]:
         raise ValueError(f"two rules give {twice[0]}; a candidate is there once, or with other settings")
     return tuple(candidates)
 
 # %% ../../nbs/model/05_space.ipynb #space-n04
 def make_space(
-    model: transformers.PreTrainedModel,  # of a family with a row; the meta device is enough
+    model: PreTrainedModel,  # of a family with a row; the meta device is enough
     space: str | Iterable[Rule] = "mix",  # a name in `SPACES`, or your own rules
 ) -> SearchSpace:
     "The candidates that `space` has on `model`; `ValueError` if a rule fits nowhere or two are the same."
@@ -264,7 +263,7 @@ class GatedModel(nn.Module):
     be set to another one at any time. The modules' initial weights depend on `seed` and their names.
     """
 
-    def __init__(self, model: transformers.PreTrainedModel, space: SearchSpace, gate: Gate, seed: int):
+    def __init__(self, model: PreTrainedModel, space: SearchSpace, gate: Gate, seed: int):
         super().__init__()
         self.model, self.space, self.gate, self.zeta = model, space, gate, 0.0
         self.n = space.n
@@ -334,8 +333,7 @@ def expect(self: GatedModel) -> None:
 @patch
 def trainable(self: GatedModel) -> dict[str, nn.Parameter]:
     "Inner variables by name: delta of every candidate, then the head's weights."
-    delta = {f"{candidate.name}.{name}": weight
-             for candidate, pet in zip(self.space.candidates, self.pets)
+    delta = {f"{candidate.name}.{name}": weight for candidate, pet in zip(self.space.candidates, self.pets)
              for name, weight in pet.named_parameters()}
     return delta | {f"head.{name}": weight for name, weight in head_parameters(self.model).items()}
 
@@ -352,8 +350,7 @@ def load(self: GatedModel, tensors: Mapping[str, Tensor]) -> None:
     "Put back what `tensors` gave for the same structure and seed; `ValueError` if names or shapes differ."
     weights = self.trainable()
     ours, theirs = ({(name, *weight.shape) for name, weight in each.items()} for each in (weights, tensors))
-    if ours != theirs:
-        odd = sorted({name for name, *_ in ours ^ theirs})
+    if odd := sorted({name for name, *_ in ours ^ theirs}):
         raise ValueError(f"these weights belong to another structure: {len(odd)} names or shapes differ, "
                          f"first {odd[0]!r}")
     for name, weight in weights.items():
@@ -428,7 +425,7 @@ def _wire_fused(gated: GatedModel, undo: ExitStack) -> None:
     undo.enter_context(before_each_pass(gated.model, lambda: fused.prepare(gated.gates, gated.closed)))
 
 # %% ../../nbs/model/05_space.ipynb #space-n20
-def _freeze(model: transformers.PreTrainedModel, undo: ExitStack) -> None:
+def _freeze(model: PreTrainedModel, undo: ExitStack) -> None:
     "Only the head requires a gradient; it, and the training mode, are put back on exit."
     head = head_parameters(model)
     undo.enter_context(evaluating(model))
@@ -441,7 +438,7 @@ def _freeze(model: transformers.PreTrainedModel, undo: ExitStack) -> None:
 # %% ../../nbs/model/05_space.ipynb #space-029
 @contextmanager
 def attach(
-    model: transformers.PreTrainedModel,  # frozen while attached, except its head
+    model: PreTrainedModel,  # frozen while attached, except its head
     space: SearchSpace,  # made from this model
     gate: Gate = ShiftedSigmoid(),  # alpha -> p -> z
     seed: int = 0,  # of the modules' initial weights

@@ -21,12 +21,12 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
-import transformers
 from fastcore.basics import patch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .. import __version__
-from ..core import UnknownName, n_params
+from ..core import check_names, n_params
 from .backbone import Position, positions, shape_of
 from .file import LINE, Kept, Record, keep
 from .pet import PET_MODULES
@@ -129,11 +129,11 @@ def _check_bits(candidate: Candidate) -> None:
         raise ValueError(f"the masks of {candidate.name} are not those of its weights")
 
 # %% ../../nbs/model/09_structure.ipynb #structure-n03
-def kept_space(
-    model: transformers.PreTrainedModel,
-    structure: Structure,  # structure on this model or on one of the same shape
-) -> SearchSpace:
-    "The kept modules as candidates on `model`; `ValueError` naming the first one that has no place there."
+def kept_space(model: PreTrainedModel, structure: Structure) -> SearchSpace:
+    """The kept modules as candidates on `model`, the structure's own or one of the same shape.
+
+    `ValueError` naming the first one that has no place there.
+    """
     places, n_backbone, candidates = positions(model), n_params(model), []
     by_role = {(place.stack, place.layer, place.role): place for place in places}
     for kept in structure.modules:
@@ -151,7 +151,7 @@ def kept_space(
 @patch
 @contextmanager
 def apply(self: Structure,
-          model: transformers.PreTrainedModel,  # frozen while the structure is on it, except its head
+          model: PreTrainedModel,  # frozen while the structure is on it, except its head
           tensors: Mapping[str, Tensor] | None = None,  # trained, as `GatedModel.tensors` gives them
           seed: int | None = None,  # of the initial weights; 0 if None
           ) -> Iterator[GatedModel]:
@@ -197,8 +197,7 @@ def _jaccard(self: Structure,
              of: str = "modules",  # or "parameters": entries, where modules are kept in part
              ) -> float:
     "What both keep, as a share of what either keeps."
-    if of not in ("modules", "parameters"):
-        raise UnknownName("kind of what is kept", of, ("modules", "parameters"))
+    check_names("kind of what is kept", [of], ("modules", "parameters"))
     mine, theirs = ({kept.key: kept for kept in one.modules} for one in (self, other))
     shared = mine.keys() & theirs.keys()
     if of == "modules":
@@ -209,11 +208,8 @@ def _jaccard(self: Structure,
     return both / either if either else 1.0
 
 # %% ../../nbs/model/09_structure.ipynb #structure-n34
-def jaccard(
-    a: Tensor,  # (N,) bool
-    b: Tensor,  # (N,) bool
-) -> float:
-    "Candidates in both sets as a share of those in either, 1 for two empty sets."
+def jaccard(a: Tensor, b: Tensor) -> float:
+    "Candidates in both sets, (N,) bool each, as a share of those in either, 1 for two empty sets."
     either = int((a | b).sum())
     return int((a & b).sum()) / either if either else 1.0
 
@@ -232,7 +228,7 @@ def mean_structure(
 # %% ../../nbs/model/09_structure.ipynb #structure-n37
 @patch
 def transfer(self: Structure,
-             model: transformers.PreTrainedModel,  # of any family with a row; the meta device is enough
+             model: PreTrainedModel,  # of any family with a row; the meta device is enough
              budget: float | None = None,  # below 1 a ratio of `model`, else a count; as now if None
              ) -> Structure:
     """The structure on a backbone of another size or family; `ValueError` if nothing has a place there.
@@ -245,9 +241,9 @@ def transfer(self: Structure,
 
 
 @patch
-def counterparts(self: Structure,
-                 model: transformers.PreTrainedModel,
-                 budget: float | None = None,  # as in `transfer`
-                 ) -> pd.DataFrame:
-    "One row per module of this structure, and per module that `transfer` adds: where `to`, and `why`."
+def counterparts(self: Structure, model: PreTrainedModel, budget: float | None = None) -> pd.DataFrame:
+    """One row per module of this structure, and per module that `transfer` adds: where `to`, and `why`.
+
+    Arguments as in `transfer`.
+    """
     return move(self, model, budget)[1]

@@ -25,7 +25,7 @@ from fractions import Fraction
 
 import pandas as pd
 import torch
-import transformers
+from transformers import PreTrainedModel
 
 from .. import __version__
 from ..core import n_params
@@ -95,11 +95,10 @@ class _Way:
         return not self.nearest, 0 if self.nearest else self.far, -worth
 
 # %% ../../nbs/model/08_transfer.ipynb #transfer-n42
-def _ways_of(i: int, kept: Kept, places: Sequence[Position], layers: int,
-             layers_there: int) -> Iterator[_Way]:
+def _ways_of(i: int, kept: Kept, places: Sequence[Position], layers: int, there: int) -> Iterator[_Way]:
     "The ways of one module to places of one role, the nearest layer first."
     fars = {place: Fraction(0) if place.layer is None else
-            abs(_depth(kept.layer, layers) - _depth(place.layer, layers_there)) for place in places}
+            abs(_depth(kept.layer, layers) - _depth(place.layer, there)) for place in places}
     for rank, place in enumerate(sorted(fars, key=fars.get)):
         if to := _fitted(kept, place):
             yield _Way(i, kept, to, rank == 0, fars[place])
@@ -110,10 +109,9 @@ def _ways(record: Record, places: Sequence[Position]) -> Iterator[_Way]:
     alone = next(iter(shape)) if len(record.shape) == len(shape) == 1 else None
     for i, kept in enumerate(record.modules):
         stack = kept.stack if kept.stack in shape else alone
-        layers, layers_there = (there.get(name, (0, 0))[0] for there, name in
-                                ((record.shape, kept.stack), (shape, stack)))
+        layers, there = (sizes[0] for sizes in (record.shape.get(kept.stack, [0]), shape.get(stack, [0])))
         for of_role in _by_role(kept, places, stack):
-            yield from _ways_of(i, kept, of_role, layers, layers_there)
+            yield from _ways_of(i, kept, of_role, layers, there)
 
 # %% ../../nbs/model/08_transfer.ipynb #transfer-n45
 def _afford(ways: Iterable[_Way], B: int) -> dict[str, _Way]:
@@ -151,7 +149,7 @@ def _report(record: Record, ways: Sequence[_Way], taken: Mapping[str, _Way]) -> 
 # %% ../../nbs/model/08_transfer.ipynb #transfer-n49
 def move(
     record: Record,  # or a class of its own kind, such as a `Structure`, which is given back
-    model: transformers.PreTrainedModel,  # of any family with a row; the meta device is enough
+    model: PreTrainedModel,  # of any family with a row; the meta device is enough
     budget: float | None = None,  # below 1 a ratio of `model`, else a count; as now if None
 ) -> tuple[Record, pd.DataFrame]:
     "The record on another backbone, and what became of each module; `ValueError` if none has a place there."

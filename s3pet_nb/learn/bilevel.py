@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..core import UnknownName
+from ..core import check_names
 from .learner import Stateful
 
 # %% ../../nbs/learn/03_bilevel.ipynb #bilevel-006
@@ -159,8 +159,7 @@ class Hypergradient:
 
 # %% ../../nbs/learn/03_bilevel.ipynb #bilevel-orders-1
 def _check(xi: float, order: str, radius: float) -> None:
-    if order not in ORDERS:
-        raise UnknownName("order of the hypergradient", order, ORDERS)
+    check_names("order of the hypergradient", [order], ORDERS)
     if not (0 <= xi < math.inf and 0 < radius < math.inf):
         raise ValueError(f"xi must be 0 or a positive number, radius a positive one; not {xi} and {radius}")
 
@@ -223,8 +222,7 @@ class Auto(Stateful):
                  ):
         if every < 1 or not limit > 0:
             raise ValueError(f"every must be at least 1 and limit above 0, not {every} and {limit}")
-        if measure not in MEASURES:
-            raise UnknownName("order that measures", measure, MEASURES)
+        check_names("order that measures", [measure], MEASURES)
         self.every, self.limit, self.measure = every, limit, measure
         self.share = limit  # not small until it is measured
 

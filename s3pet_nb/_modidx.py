@@ -820,7 +820,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              's3pet_nb/learn/bilevel.py'),
                                         's3pet_nb.learn.bilevel.Hypergradient.share': ( 'learn/bilevel.html#hypergradient.share',
                                                                                         's3pet_nb/learn/bilevel.py'),
-                                        's3pet_nb.learn.bilevel._check': ('learn/bilevel.html#_check', 's3pet_nb/learn/bilevel.py'),
                                         's3pet_nb.learn.bilevel._product': ('learn/bilevel.html#_product', 's3pet_nb/learn/bilevel.py'),
                                         's3pet_nb.learn.bilevel.accumulate': ('learn/bilevel.html#accumulate', 's3pet_nb/learn/bilevel.py'),
                                         's3pet_nb.learn.bilevel.hvp_exact': ('learn/bilevel.html#hvp_exact', 's3pet_nb/learn/bilevel.py'),

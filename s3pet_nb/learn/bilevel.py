@@ -158,12 +158,6 @@ class Hypergradient:
         return mixed / direct if direct else math.inf if mixed else 0.0
 
 # %% ../../nbs/learn/03_bilevel.ipynb #bilevel-orders-1
-def _check(xi: float, order: str, radius: float) -> None:
-    check_names("order of the hypergradient", [order], ORDERS)
-    if not (0 <= xi < math.inf and 0 < radius < math.inf):
-        raise ValueError(f"xi must be 0 or a positive number, radius a positive one; not {xi} and {radius}")
-
-
 def _product(order: str, loss: Loss, delta: list, alpha: Parameter, v: list, eps: float, start: Tensor,
              reduce: Reduce) -> Tensor:
     "M . v in one of the orders that have it."
@@ -191,7 +185,9 @@ def hypergrad(
 
     `UnknownName` for another order, `ValueError` for a rate or radius that is negative or not finite.
     """
-    _check(xi, order, radius)
+    check_names("order of the hypergradient", [order], ORDERS)
+    if not (0 <= xi < math.inf and 0 < radius < math.inf):
+        raise ValueError(f"xi must be 0 or a positive number, radius a positive one; not {xi} and {radius}")
     delta = list(delta)
     *delta_grads, start, inner = reduce(slopes(loss_delta, [*delta, alpha]))
     with moved(delta, delta_grads, -xi):

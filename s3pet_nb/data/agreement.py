@@ -142,7 +142,7 @@ def determiner_noun(words: Lexicon, distractors: int, rng: random.Random) -> Squ
     frame = f"{rng.choice(OPENERS)} {subject} {verb} {{a}}{adjectives} {{b}}{ending(distractors, rng)}"
     return Square(frame, rng.choice(DETERMINERS), rng.choice(words.things))
 
-
+# %% ../../nbs/data/00_agreement.ipynb #agreement-n01
 def reflexive(words: Lexicon, distractors: int, rng: random.Random) -> Square:
     "The number, or the gender, of a reflexive is that of the subject, whose noun fixes both."
     (man, men), (woman, women) = rng.choice(words.men), rng.choice(words.women)
@@ -181,10 +181,8 @@ def agreement_rows(
 
 def new_rows(name: str, words: Lexicon, distractors: int, rng: random.Random, drawn: set[str]) -> list[dict]:
     "The rows of a square none of whose sentences is in `drawn`; they are added to it."
-    while True:
-        square = dict(PHENOMENA[name](words, distractors, rng).rows())
-        if drawn.isdisjoint(square):
-            break
+    while not drawn.isdisjoint(square := dict(PHENOMENA[name](words, distractors, rng).rows())):
+        continue
     drawn.update(square)
     return [{"sentence": sentence, "label": label, "phenomenon": name, "distractors": distractors}
             for sentence, label in square.items()]

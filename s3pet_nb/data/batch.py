@@ -114,7 +114,7 @@ def row_bytes(rows: Dataset) -> Iterator[pa.Buffer]:
             writer.write_table(chunk)
         yield sink.getvalue()
 
-
+# %% ../../nbs/data/05_batch.ipynb #batch-n01
 def serialised(tokenizer: PreTrainedTokenizerBase) -> str:
     "All that a tokenizer does, as text, with the truncation and padding of its last call."
     settings = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.truncation_side,
@@ -183,7 +183,7 @@ def write_entries(path: Path, key: str, chunks: Chunks, workers: int) -> None:
         for part in chain([first], parts):
             writer.write_batch(part)
 
-
+# %% ../../nbs/data/05_batch.ipynb #batch-n03
 def entries_of(chunks: Chunks, workers: int = 0) -> Dataset:
     "All entries, from their file, which is made where it is not there, by `workers` if there is much."
     key = entries_key(chunks)
@@ -245,7 +245,7 @@ def predict(model: torch.nn.Module, batches: Batches) -> np.ndarray:
     outcomes[batches.order] = longest_first
     return form.predictions(outcomes, batches.owners, batches.rows)
 
-
+# %% ../../nbs/data/05_batch.ipynb #batch-n05
 def scores(model: torch.nn.Module, batches: Batches) -> dict[str, float]:
     "The task's metric over all rows of batches made without a seed, and those that are reported beside it."
     task, rows, predictions = batches.form.task, batches.rows, predict(model, batches)

@@ -136,7 +136,7 @@ def sources(task: Task, rows: Columns) -> list[str]:
     parts = ([f"{name}: {text}" for text in texts_of(rows, name)] for name in task.texts)
     return [" ".join((task.short, *texts)) for texts in zip(*parts)]
 
-
+# %% ../../nbs/data/04_form.ipynb #form-n01
 def words_of(task: Task, rows: Columns) -> list[Sequence[str]]:
     "The words that each row may be answered with."
     return rows[task.entities] if task.entities else [task.label_words] * len(rows[task.label])
@@ -151,7 +151,7 @@ def targets(task: Task, rows: Columns) -> list[str]:
         labels = [round(round((label - task.bounds[0]) / task.step, 9)) for label in labels]
     return [task.label_words[label] for label in labels]
 
-
+# %% ../../nbs/data/04_form.ipynb #form-n03
 def best(task: Task, outcomes: np.ndarray, owners: np.ndarray, rows: Columns) -> np.ndarray:
     "Of each row the candidate with the highest outcome, in the task's own terms."
     bounds = np.searchsorted(owners, np.arange(len(rows[task.label]) + 1))
@@ -244,7 +244,7 @@ def end_of(tokenizer: Tokenizer) -> list[int]:
         raise ValueError("the tokenizer has no end token; set its eos_token")
     return [tokenizer.eos_token_id]
 
-
+# %% ../../nbs/data/04_form.ipynb #form-n05
 def apart(words: Sequence[str], marks: Sequence) -> dict:
     "What the tokenizer made of each label word -> index of the word; `ValueError` if two are alike."
     index = {}

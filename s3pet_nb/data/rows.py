@@ -53,7 +53,7 @@ def quiet() -> Iterator[None]:
         if shown:
             datasets.enable_progress_bars()
 
-
+# %% ../../nbs/data/01_rows.ipynb #rows-n01
 FILES = Registry("kind of file")  # by the end of its name: a reader of (path, columns that are text)
 
 
@@ -106,7 +106,7 @@ def objects(file: Path) -> Iterator[dict]:
                 raise ValueError(f"line {number} is not a JSON object")
             yield row
 
-
+# %% ../../nbs/data/01_rows.ipynb #rows-n03
 @FILES.register("jsonl")
 @FILES.register("json")
 def read_json(file: Path, texts: Sequence[str]) -> Dataset:
@@ -125,12 +125,7 @@ def first_line(reason: BaseException) -> str:
 
 def not_utf8(texts: Iterable[bytes]) -> int:
     "Index of the first text that is not UTF-8, or -1."
-    for i, text in enumerate(texts):
-        try:
-            text.decode()
-        except UnicodeDecodeError:
-            return i
-    return -1
+    return next((i for i, text in enumerate(texts) if text.decode(errors="replace").encode() != text), -1)
 
 
 def unreadable(file: Path, kind: str, reason: BaseException) -> ValueError:
@@ -314,7 +309,7 @@ def fill(sizes: np.ndarray, n: int) -> np.ndarray:  # both arrays (groups,); boo
         offered = offered[~fits & (sizes[offered] <= n)]
     return taken
 
-
+# %% ../../nbs/data/01_rows.ipynb #rows-n05
 def deal(rows: Dataset, counts: Sequence[int], seed: int, key: Sequence[str] = ()) -> list[Dataset]:
     "The rows in a seeded order: a part for each count, and the rest; rows with the same `key` stay together."
     order = np.random.default_rng(seed).permutation(len(rows))

@@ -118,7 +118,7 @@ def label_words(self: Task) -> tuple[str, ...]:
     digits = max(0, -Decimal(str(self.step)).as_tuple().exponent)
     return tuple(f"{low + i * self.step:.{digits}f}" for i in range(round((high - low) / self.step) + 1))
 
-
+# %% ../../nbs/data/03_task.ipynb #task-n01
 @patch(as_prop=True)
 def allowed(self: Task) -> str:
     "The labels in words, for messages."
@@ -208,7 +208,7 @@ def layout(self: Task) -> str:
     files = [f"{self.name}/{name}.parquet" for name in self.official(self.rule).values()]
     return f"{' and '.join(files)}, or .csv, .tsv, .jsonl, .json"
 
-
+# %% ../../nbs/data/03_task.ipynb #task-n03
 def read_folder(task: Task, data_dir: Path, split: str) -> Dataset:
     "The rows of an official split from `<data_dir>/<task>/<split>.<kind>`."
     if not data_dir.is_dir():
@@ -290,7 +290,7 @@ def class_names(columns: Sequence[pa.ChunkedArray], label: str) -> tuple[str, ..
                          "label, or metric='pearson' if they are numbers to predict")
     return tuple(map(str, classes))
 
-
+# %% ../../nbs/data/03_task.ipynb #task-n05
 def grid(columns: Sequence[pa.ChunkedArray], label: str) -> dict:
     "`bounds` of the numbers, rounded outwards to a grid of ten to a hundred steps, and the `step`."
     numbers = pa.chunked_array([chunk for column in columns

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..core import UnknownName
+from ..core import check_names
 from .learner import Stateful
 
 # %% ../../nbs/learn/03_bilevel.ipynb #bilevel-006
@@ -158,13 +158,6 @@ class Hypergradient:
         return mixed / direct if direct else math.inf if mixed else 0.0
 
 # %% ../../nbs/learn/03_bilevel.ipynb #bilevel-orders-1
-def _check(xi: float, order: str, radius: float) -> None:
-    if order not in ORDERS:
-        raise UnknownName("order of the hypergradient", order, ORDERS)
-    if not (0 <= xi < math.inf and 0 < radius < math.inf):
-        raise ValueError(f"xi must be 0 or a positive number, radius a positive one; not {xi} and {radius}")
-
-
 def _product(order: str, loss: Loss, delta: list, alpha: Parameter, v: list, eps: float, start: Tensor,
              reduce: Reduce) -> Tensor:
     "M . v in one of the orders that have it."
@@ -192,7 +185,9 @@ def hypergrad(
 
     `UnknownName` for another order, `ValueError` for a rate or radius that is negative or not finite.
     """
-    _check(xi, order, radius)
+    check_names("order of the hypergradient", [order], ORDERS)
+    if not (0 <= xi < math.inf and 0 < radius < math.inf):
+        raise ValueError(f"xi must be 0 or a positive number, radius a positive one; not {xi} and {radius}")
     delta = list(delta)
     *delta_grads, start, inner = reduce(slopes(loss_delta, [*delta, alpha]))
     with moved(delta, delta_grads, -xi):
@@ -223,8 +218,7 @@ class Auto(Stateful):
                  ):
         if every < 1 or not limit > 0:
             raise ValueError(f"every must be at least 1 and limit above 0, not {every} and {limit}")
-        if measure not in MEASURES:
-            raise UnknownName("order that measures", measure, MEASURES)
+        check_names("order that measures", [measure], MEASURES)
         self.every, self.limit, self.measure = every, limit, measure
         self.share = limit  # not small until it is measured
 

@@ -28,7 +28,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from ..core import UnknownName, check_counts, evaluating, to_device
+from ..core import check_counts, check_names, evaluating, to_device
 from .learner import Stateful, Stream
 from ..model.backbone import checkpointing
 
@@ -46,8 +46,7 @@ class Compute:
     compile: bool = False  # training passes by torch.compile
 
     def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise UnknownName("precision", self.precision, PRECISIONS)
+        check_names("precision", [self.precision], PRECISIONS)
         check_counts(accumulate=self.accumulate)
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
@@ -99,12 +98,10 @@ def loss_parts(
             loss = forward(**to_device(batch, device)).loss
         yield loss / compute.accumulate
 
-
-@contextmanager
-def own_noise(device: torch.device) -> Iterator[None]:
+# %% ../../nbs/learn/01_compute.ipynb #compute-n01
+def own_noise(device: torch.device) -> AbstractContextManager:
     "Within it torch may be seeded, for the CPU and `device`; on exit its random numbers are as before."
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 # %% ../../nbs/learn/01_compute.ipynb #compute-012
 def average(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -148,7 +145,7 @@ class LoopConfig:
     def __post_init__(self):
         check_counts(steps=self.steps, evaluate_every=self.evaluate_every)
 
-
+# %% ../../nbs/learn/01_compute.ipynb #compute-n03
 @contextmanager
 def training(model: nn.Module, backbone: transformers.PreTrainedModel, config: LoopConfig) -> Iterator[None]:
     """Torch is seeded and `model` in training mode, with checkpointed activations if the config says so.

@@ -38,7 +38,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..core import UnknownName, check_counts, write_bytes
+from ..core import check_counts, check_names, write_bytes
 
 # %% ../../nbs/learn/00_learner.ipynb #learner-006
 def check_same(name: str, there: object, here: object) -> None:
@@ -88,11 +88,12 @@ def _state(part: object) -> object:
 
 # %% ../../nbs/learn/00_learner.ipynb #learner-009
 class Stream:
-    "The batches of a loader, epoch after epoch, with a place that can be noted and found again."
+    """The batches of a loader, epoch after epoch, with a place that can be noted and found again.
 
-    def __init__(self,
-                 loader: Iterable,  # a DataLoader, a list of batches, anything that can be gone through again
-                 ):
+    The loader is a DataLoader, a list of batches, anything that can be gone through again.
+    """
+
+    def __init__(self, loader: Iterable):
         self.loader, self.epoch, self.taken, self.random = loader, iter(()), 0, []
 
     def begin(self) -> None:
@@ -168,14 +169,9 @@ def _to_json(value: object, tensors: dict[str, Tensor]) -> object:
     return value
 
 
-def _from_json(value: object, tensors: dict[str, Tensor]) -> object:
-    if isinstance(value, list):
-        return [_from_json(item, tensors) for item in value]
-    if isinstance(value, dict):
-        if "tensor" in value:
-            return tensors[value["tensor"]]
-        return {key: _from_json(item, tensors) for key, item in value["items"]}
-    return value
+def _from_json(text: str, tensors: dict[str, Tensor]) -> object:
+    return json.loads(text, object_hook=lambda node: (
+        tensors[node["tensor"]] if "tensor" in node else dict(node["items"])))
 
 # %% ../../nbs/learn/00_learner.ipynb #learner-save
 def save_state(path: str | os.PathLike, state: dict) -> None:
@@ -190,7 +186,7 @@ def load_state(path: str | os.PathLike) -> dict:
     try:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-            return _from_json(json.loads(file.metadata()["state"]), tensors)
+            return _from_json(file.metadata()["state"], tensors)
     except (safetensors.SafetensorError, TypeError, KeyError) as wrong:
         raise ValueError(f"{path} is not a checkpoint; remove it to start over") from wrong
 
@@ -207,7 +203,7 @@ class Log(Protocol):
     def rewind(self, mark: int) -> None:
         "Drop what came after `mark`, as a resumed run will write it again."
 
-
+# %% ../../nbs/learn/00_learner.ipynb #learner-n01
 class Records(list):
     "A log in memory."
 
@@ -236,7 +232,7 @@ class Callback(Stateful):
     def after_fit(self, learner: "Learner") -> None:
         "Called once, after the last step, also when a step failed."
 
-
+# %% ../../nbs/learn/00_learner.ipynb #learner-n03
 class Callbacks(list):
     "Callbacks that are called together and have one state."
 
@@ -293,6 +289,10 @@ class Learner(Stateful):
         if self.records is not None:
             self.records.log({"event": event, "phase": self.phase, "step": self.step, **numbers})
 
+    def read_clock(self) -> None:
+        "Set `seconds` to those of all steps until now, also of the run that this one goes on from."
+        self.seconds = time.perf_counter() - self.began - self.waited
+
 # %% ../../nbs/learn/00_learner.ipynb #learner-loop-2
 @patch
 def advance(self: Learner) -> None:
@@ -304,12 +304,6 @@ def advance(self: Learner) -> None:
     self.callbacks.tell("after_step", self)
     if self.checkpoint:
         self.checkpoint.after_step(self)
-
-
-@patch
-def read_clock(self: Learner) -> None:
-    "Set `seconds` to those of all steps until now, also of the run that this one goes on from."
-    self.seconds = time.perf_counter() - self.began - self.waited
 
 
 @patch
@@ -402,8 +396,7 @@ class Evaluate(Callback):
                  every: int,  # steps
                  take: str = "best",  # evaluation that is kept: the "best", the later in a tie, or the "last"
                  ):
-        if take not in TAKES:
-            raise UnknownName("choice of the evaluation", take, TAKES)
+        check_names("choice of the evaluation", [take], TAKES)
         self.score, self.snapshot, self.every, self.take = score, snapshot, every, take
         self.scores, self.kept, self.kept_step = {}, None, 0
 

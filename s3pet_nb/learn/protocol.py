@@ -17,7 +17,7 @@ from math import inf, log
 
 from fastcore.basics import patch
 
-from ..core import Registry, UnknownName
+from ..core import Registry, check_names
 from .train import TrainConfig
 
 # %% ../../nbs/learn/07_protocol.ipynb #protocol-006
@@ -78,8 +78,7 @@ def steps(self: Protocol, task: str, phase: str, n_steps: int) -> int:
     One epoch, a pass through the rows that step the weights, has `n_steps`.
     """
     rows = getattr(self, phase)
-    if task not in rows:
-        raise UnknownName("task of the protocol", task, rows)
+    check_names("task of the protocol", [task], rows)
     return rows[task].epochs * max(1, n_steps)
 
 
@@ -89,7 +88,7 @@ def evaluate_every(self: Protocol, task: str, phase: str, steps: int) -> int:
     row = getattr(self, phase).get(task)
     return row.every or steps if row else steps
 
-
+# %% ../../nbs/learn/07_protocol.ipynb #protocol-n01
 @patch
 def lr(self: Protocol, share: float) -> float:
     "The highest rate for a structure of this size, as a share of the backbone."

@@ -44,12 +44,11 @@ import transformers
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import Registry, UnknownName
+from ..core import Registry, check_names
 from .compute import Score, negative_loss
 from .learner import Callback, Checkpoint, Learner, Log, Progress, Stream
 from .train import TrainConfig, TrainResult, TrainStep, fit, retrain
 from ..model.budget import resolve_budget
-from ..model.pet import PET_MODULES
 from ..model.space import Candidate, GatedModel, SearchSpace, describe
 from ..model.structure import Structure, select
 
@@ -109,7 +108,7 @@ def entries(candidate: Candidate) -> tuple[dict[str, torch.Size], Tensor, Tensor
     if candidate.bits:
         raise ValueError(f"{candidate.name} is a part of a module; prune a space of whole ones")
     with torch.device("meta"):
-        pet = PET_MODULES[candidate.module](candidate.position, **candidate.settings)
+        pet = candidate.whole()
     owners, shapes = pet.units(), {name: weight.shape for name, weight in pet.named_parameters()}
     unit = [owners[name].expand(shape).flatten() for name, shape in shapes.items()]
     counts = [torch.full((shape.numel(),), name in (pet.scored or owners)) for name, shape in shapes.items()]
@@ -133,8 +132,7 @@ class Units:
     @classmethod
     def of(cls, space: SearchSpace, granularity: str) -> "Units":
         "The units of a space; `UnknownName` for another granularity, `ValueError` for parts of modules."
-        if granularity not in GRANULARITIES:
-            raise UnknownName("granularity", granularity, GRANULARITIES)
+        check_names("granularity", [granularity], GRANULARITIES)
         shapes, unit, counts, before = {}, [], [], 0
         for own, each, counted in map(entries, space.candidates):
             shapes |= own
@@ -145,6 +143,10 @@ class Units:
         if granularity == "unstructured":
             unit, counts = torch.arange(len(unit)), torch.ones_like(counts)
         return cls(space, granularity, shapes, unit, counts)
+
+    def __repr__(self) -> str:
+        return (f"Units: {len(self.sizes):,} of {len(self.unit):,} entries in {len(self.space)} modules, "
+                f"{self.granularity}, of {self.sizes.min():,} to {self.sizes.max():,}")
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-units-3
 @patch(as_prop=True)
@@ -172,12 +174,6 @@ def masks(self: Units, keep: Tensor) -> dict[str, Tensor]:
     parts = keep.split([shape.numel() for shape in self.shapes.values()])
     return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
 
-
-@patch
-def __repr__(self: Units) -> str:
-    return (f"Units: {len(self.sizes):,} of {len(self.unit):,} entries in {len(self.space)} modules, "
-            f"{self.granularity}, of {self.sizes.min():,} to {self.sizes.max():,}")
-
 # %% ../../nbs/learn/06_prune.ipynb #prune-011
 def drop(units: Units, scores: Tensor, alive: Tensor, B: int) -> Tensor:
     """The entries that are left when units are removed in increasing order of score until B holds, (E,) bool.
@@ -197,16 +193,14 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 class ScoredStep(TrainStep):
-    "A training step that also scores every entry of the modules' weights."
+    """A training step that also scores every entry of the modules' weights.
+
+    Scores are averaged over the last `average_over` steps; 0 averages over all of them.
+    """
 
     remembered = (*TrainStep.remembered, "total", "draw", "done")
 
-    def __init__(self,
-                 gated: GatedModel,
-                 config: TrainConfig,
-                 criterion: Criterion,
-                 average_over: int = 0,  # last steps that scores are averaged over; 0 for all
-                 ):
+    def __init__(self, gated: GatedModel, config: TrainConfig, criterion: Criterion, average_over: int = 0):
         super().__init__(gated, gated.trainable(), config, gated.space.digest)
         if not 0 <= average_over <= config.steps:
             raise ValueError(f"average_over is {average_over}; "
@@ -257,7 +251,7 @@ def name_of(criterion: Criterion) -> str:
     own = getattr(criterion, "__name__", type(criterion).__name__)
     return next((name for name, each in CRITERIA.items() if each is criterion), own)
 
-
+# %% ../../nbs/learn/06_prune.ipynb #prune-n01
 def check_scores(scores: Tensor, criterion: str, weights: dict[str, Tensor]) -> Tensor:
     """The scores that a criterion, by its name, gave for weights, by their names.
 
@@ -301,24 +295,20 @@ class PruneResult:
         "What was searched."
         return self.units.space
 
+    def count(self, B: float | None) -> int:
+        "A ratio or a count as a count, by default the search's own budget."
+        return self.budgets[-1] if B is None else resolve_budget(B, self.space.n_backbone)
+
+    def kept(self, B: float | None = None) -> Tensor:
+        "The entries that are left under B, (E,) bool; `ValueError` for a B out of range."
+        return drop(self.units, self.scores, self.alive, self.count(B))
+
     def __repr__(self) -> str:
         budgets = " then ".join(f"{B:,}" for B in self.budgets)
         return (f"PruneResult: {self.criterion}, {self.units.granularity}, {len(self.space)} modules of "
                 f"{self.space.n_params:,} parameters pruned to {budgets}, score {self.trained.score:.4f}")
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-result-1
-@patch
-def count(self: PruneResult, B: float | None) -> int:
-    "A ratio or a count as a count, by default the search's own budget."
-    return self.budgets[-1] if B is None else resolve_budget(B, self.space.n_backbone)
-
-
-@patch
-def kept(self: PruneResult, B: float | None = None) -> Tensor:
-    "The entries that are left under B, (E,) bool; `ValueError` for a B out of range."
-    return drop(self.units, self.scores, self.alive, self.count(B))
-
-
 @patch
 def structure(self: PruneResult,
               B: float | None = None,  # a ratio below 1 or a count; by default the search's own budget
@@ -355,7 +345,7 @@ def geometric_budgets(whole: int, B: int, rounds: int) -> list[int]:
         raise ValueError(f"{rounds} rounds from {whole:,} to {B:,} would repeat a budget; give fewer rounds")
     return budgets
 
-
+# %% ../../nbs/learn/06_prune.ipynb #prune-n03
 def check_schedule(budgets: Sequence[int], units: Units) -> None:
     """`ValueError` unless the budgets fall, from below the whole space to one that is sure to keep a unit.
 

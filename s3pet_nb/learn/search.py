@@ -35,7 +35,7 @@ import transformers
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import UnknownName, check_counts
+from ..core import check_counts, check_names
 from .bilevel import ORDERS, Auto, Hypergradient, hypergrad
 from .compute import (Compute, Groups, LoopConfig, Score, average, cost, evaluated, loss_parts,
                                     negative_loss, own_noise, training)
@@ -83,11 +83,19 @@ class SearchStep(Stateful):
         with own_noise(self.gated.device):
             return self.take(*pair)
 
+    def meet(self) -> float:
+        "Give the gate the temperatures of this step, solve zeta, and return the expected size."
+        self.gated.gate = self.gate.at(self.done / self.config.steps)
+        return self.gated.meet(self.B)
+
+    def chosen(self) -> Tensor:
+        "The set that would be kept now, (N,) bool."
+        return select(self.gated.p, self.gated.n, self.B)
+
 # %% ../../nbs/learn/04_search.ipynb #search-order-1
 def check_order(order: str, compute: Compute) -> None:
     "`UnknownName` for an order that does not exist, `ValueError` for one that cannot be computed so."
-    if order not in SEARCH_ORDERS:
-        raise UnknownName("order of the hypergradient", order, SEARCH_ORDERS)
+    check_names("order of the hypergradient", [order], SEARCH_ORDERS)
     if order == "second" and compute.precision != "float32":
         raise ValueError("order 'second' drowns in the rounding of bf16; "
                          "choose 'first', 'central' or 'auto'")
@@ -96,19 +104,6 @@ def check_order(order: str, compute: Compute) -> None:
                          "choose another order, or do not compile")
 
 # %% ../../nbs/learn/04_search.ipynb #search-gates-1
-@patch
-def meet(self: SearchStep) -> float:
-    "Give the gate the temperatures of this step, solve zeta, and return the expected size."
-    self.gated.gate = self.gate.at(self.done / self.config.steps)
-    return self.gated.meet(self.B)
-
-
-@patch
-def chosen(self: SearchStep) -> Tensor:
-    "The set that would be kept now, (N,) bool."
-    return select(self.gated.p, self.gated.n, self.B)
-
-
 @patch
 def losses(self: SearchStep, batches: list, u: Tensor, noise: int) -> Iterator[Tensor]:
     "The parts of the mean loss of this process: gates from alpha with noise u, dropout from `noise`."
@@ -147,7 +142,7 @@ def noise(self: SearchStep) -> tuple[Tensor, int]:
     u = torch.rand(len(self.gated.space), dtype=torch.float64, generator=self.generator)
     return u, int(torch.randint(2 ** 31, (), generator=self.generator))
 
-
+# %% ../../nbs/learn/04_search.ipynb #search-n01
 @patch
 def take(self: SearchStep, batches_delta: list, batches_alpha: list) -> dict[str, float]:
     "Take one step, and leave torch's random numbers seeded."
@@ -163,7 +158,7 @@ def take(self: SearchStep, batches_delta: list, batches_alpha: list) -> dict[str
     self.move(result)
     return numbers | self.close(result.passes)
 
-
+# %% ../../nbs/learn/04_search.ipynb #search-n03
 @patch
 def close(self: SearchStep, passes: int) -> dict[str, float]:
     "Count the step, meet the budget with the new alphas, and say so for the log."
@@ -284,6 +279,14 @@ class SearchResult:
         "The gate as it was when the alphas were taken."
         return self.schedule.at(self.step / self.planned)
 
+    def count(self, B: float | None) -> int:
+        "A ratio or a count as a count, by default the search's own budget."
+        return self.budget if B is None else resolve_budget(B, self.space.n_backbone)
+
+    def zeta(self, B: float | None = None) -> float:
+        "The shift that meets B, by default the search's own budget."
+        return self.gate.solve(self.alpha, self.space.n, self.count(B))
+
     def __repr__(self) -> str:
         early = f" of {self.planned}" if self.steps < self.planned else ""
         return (f"SearchResult: {self.steps}{early} steps of order {self.order!r}, "
@@ -291,18 +294,6 @@ class SearchResult:
                 f"best score {max(self.scores.values()):.4f}, alphas of step {self.step}")
 
 # %% ../../nbs/learn/04_search.ipynb #search-result-1
-@patch
-def count(self: SearchResult, B: float | None) -> int:
-    "A ratio or a count as a count, by default the search's own budget."
-    return self.budget if B is None else resolve_budget(B, self.space.n_backbone)
-
-
-@patch
-def zeta(self: SearchResult, B: float | None = None) -> float:
-    "The shift that meets B, by default the search's own budget."
-    return self.gate.solve(self.alpha, self.space.n, self.count(B))
-
-
 @patch
 def p_under(self: SearchResult, B: float | None = None) -> Tensor:
     "Gate probabilities under B, by default the search's own budget, (N,) float64."
@@ -333,8 +324,7 @@ def taken(self: SearchResult, alphas: str = "best", k: int = 5) -> SearchResult:
 
     `UnknownName` for another choice.
     """
-    if alphas not in ALPHAS:
-        raise UnknownName("choice of alphas", alphas, ALPHAS)
+    check_names("choice of alphas", [alphas], ALPHAS)
     check_counts(k=k)
     steps = list(self.scores)[-k:] if alphas == "mean" else list(self.scores)[-1:]
     if alphas == "best":
@@ -342,7 +332,7 @@ def taken(self: SearchResult, alphas: str = "best", k: int = 5) -> SearchResult:
     alpha = torch.stack([self.history[step] for step in steps]).mean(0)
     return replace(self, alpha=alpha, step=steps[-1])
 
-
+# %% ../../nbs/learn/04_search.ipynb #search-n05
 @patch
 def frame(self: SearchResult) -> pd.DataFrame:
     "One row per candidate: name, n, alpha, p."

@@ -125,12 +125,12 @@ def closing_table(result: Mapping) -> Table:
 # %% ../nbs/cli.ipynb #cli-029
 def plan_table(jobs: list["Job"], study: "Study") -> Table:
     "One row per run of a study: its name, what it is asked, and whether it is done."
-    from s3pet_nb.lab.pool import point, seconds_of, shown
+    from s3pet_nb.lab.pool import point, shown
 
     names = dict.fromkeys(("run", "method", "asked", "state"), "left") | {"seconds": "right"}
     table = plain_table(names, [
         (job.id, job.question.method, point({"params": shown(study, job.question)}), job.state,
-         number_text(seconds_of(job.folder) if job.before else None, ",.0f")) for job in jobs])
+         number_text(job.seconds, ",.0f")) for job in jobs])
     for column, least in (0, 10), (3, 7), (4, 7):  # of a name, a state and a number nothing is folded
         table.columns[column].min_width = least
     return table
@@ -139,9 +139,9 @@ def plan_table(jobs: list["Job"], study: "Study") -> Table:
 def plan_text(jobs: list["Job"], study: "Study", slots: int) -> str:
     "How many runs there are, how many are done, and how long the others will take, `slots` at a time."
     from s3pet_nb.lab.log import duration
-    from s3pet_nb.lab.pool import StudyState
+    from s3pet_nb.lab.pool import seconds_left
 
-    left = StudyState(study, jobs, slots).estimate.left(jobs, slots, now=0)
+    left = seconds_left(jobs, slots, now=0)
     todo = sum(job.state != "done" for job in jobs)
     about = "" if not todo else ", time unknown before the first is done" if left is None else (
         f", about {duration(left)} in {slots} slot{'s' * (slots > 1)}")

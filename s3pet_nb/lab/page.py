@@ -54,9 +54,9 @@ from ..core import Html, table, write_text
 from .plot import CLEAR, LAB_STYLE, LEVEL, MISSING, value_text
 from .results import (Outcome, best_of, grid_columns, is_sound, progress_text, run_scores,
                                   runs_frame, wide)
-from .run import ThisPython
+from .run import ThisPython, literal
 from .store import Run, home, read_json, run_folders, structure_kind, write_json
-from .study import DATA_DIR, Study, literal, resolve, template
+from .study import DATA_DIR, Study, resolve, template
 from .study import study as read_study
 
 # %% ../../nbs/lab/09_page.ipynb #report-008

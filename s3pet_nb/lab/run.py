@@ -32,7 +32,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,50 +85,40 @@ class ThisPython(AsyncKernelManager):
 RUN_MARK = "S3PET_RUN"
 
 
-def kernels_of(
-    folder: str | os.PathLike,  # of a run
-) -> list[psutil.Process]:
-    "The processes of this user on this machine that execute this run."
+def kernels_of(folder: str | os.PathLike) -> list[psutil.Process]:
+    "The processes of this user on this machine that execute the run of a folder."
     mark, kernels = str(Path(folder).resolve()), []
     for process in psutil.process_iter():
-        try:
+        with suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and process.environ().get(RUN_MARK) == mark:
                 kernels.append(process)
-        except (psutil.Error, OSError):
-            continue
     return kernels
 
 
-def end_kernels(
-    folder: str | os.PathLike,  # of a run
-) -> None:
-    "Kill the processes that execute this run, and return when they are gone."
+def end_kernels(folder: str | os.PathLike) -> None:
+    "Kill the processes that execute the run of a folder, and return when they are gone."
     kernels = kernels_of(folder)
     for process in kernels:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue
     psutil.wait_procs(kernels, timeout=10)
 
 # %% ../../nbs/lab/04_run.ipynb #run-030
 class Busy(RuntimeError):
     "Somebody else runs this run."
 
-    def __init__(self,
-                 folder: Path,  # of the run
-                 owner: Mapping,  # what stands beside the lock
-                 ):
+    def __init__(self, folder: Path, owner: Mapping):  # of the run; what stands beside its lock
         who = owner.get("who", "another process")
         super().__init__(f"run {folder.parent.name}/{folder.name} is being run by {who}; "
                          "wait for it, or stop that process")
 
 # %% ../../nbs/lab/04_run.ipynb #run-031
 @contextmanager
-def claim(
-    folder: str | os.PathLike,  # of the run; it need not exist
-) -> Iterator[dict]:  # who held it last and died; empty where nobody did
-    "Own a run while the block lasts; `Busy` if a living process owns it."
+def claim(folder: str | os.PathLike) -> Iterator[dict]:
+    """Own a run, whose folder need not exist, while the block lasts; `Busy` if a living process owns it.
+
+    What is given is who held it last and died; empty where nobody did.
+    """
     folder = Path(folder).absolute()
     locks = folder.parent / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
@@ -150,10 +140,7 @@ def claim(
 class RunFailed(RuntimeError):
     "A template that failed; `run` is its folder, the message one sentence and where to look."
 
-    def __init__(self,
-                 cause: str,  # "<type of error>: <its message>"
-                 run: Run,
-                 ):
+    def __init__(self, cause: str, run: Run):  # "<type of error>: <its message>"
         self.run = run
         super().__init__(f"{cause} (see {run.folder / 'run.ipynb'})")
 
@@ -180,7 +167,7 @@ class Launch:
     time_limit: float | None = None  # seconds for the whole notebook; None for no limit
     stop: threading.Event = field(default_factory=threading.Event)  # set it to end the run
 
-
+# %% ../../nbs/lab/04_run.ipynb #run-watched
 @contextmanager
 def _watched(run: Run, launch: Launch) -> Iterator[threading.Event]:
     "Within it the kernel is ended when it is stopped or its time is over, which the event then says."
@@ -225,7 +212,7 @@ def _run_notebook(question: Question, run: Run, launch: Launch) -> None:
     if not run.done:
         raise RuntimeError("the template ended without a result; let it call save_result")
 
-
+# %% ../../nbs/lab/04_run.ipynb #run-n40
 def _execute(question: Question, run: Run, launch: Launch) -> None:
     "Execute the template and leave its account; without a result unless the whole of it succeeded."
     running = run.folder / "running.ipynb"
@@ -260,15 +247,10 @@ def _begun(question: Question, root: str | os.PathLike, study: str) -> Run:
             (run.folder / name).unlink(missing_ok=True)
     return run
 
-
-def answer(
-    question: Question,
-    root: str | os.PathLike,  # folder of all studies, usually "reports"
-    study: str,  # a plain folder name
-    launch: Launch,
-    again: bool = False,  # start over, also where there is a result
-) -> Run:  # done
-    "The run of a question, as `execute` gives it."
+# %% ../../nbs/lab/04_run.ipynb #run-answer
+def answer(question: Question, root: str | os.PathLike, study: str, launch: Launch,
+           again: bool = False) -> Run:
+    "The run of a question, done, as `execute` gives it; `again` starts over also where there is a result."
     folder = Path(root) / study / question.id
     with claim(folder) as dead:
         if dead.get("machine", machine()) != machine():

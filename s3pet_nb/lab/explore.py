@@ -49,9 +49,9 @@ from fastcore.basics import patch
 
 from ..core import Html, UnknownName, table
 from .live import BudgetSlider, LiveFigures
-from .plot import (INK, LAB_STYLE, as_text, comparison_frame, draw_mean_p, draw_p, draw_share,
-                               draw_sweep, lay_out, mean_p_frame, name_cells, p_frame, plain_figure,
-                               plot_sizes, row_lines, share_frame)
+from .plot import (INK, LAB_STYLE, as_text, comparison_frame, draw_matrix, draw_mean_p, draw_p,
+                               draw_share, draw_sweep, mean_p_frame, p_frame, plain_figure, plot_sizes,
+                               row_lines, share_frame)
 from .results import summary
 from .store import Run, attempt, faults, run_folders, structure_kind, unreadable
 from ..model.structure import Structure
@@ -344,12 +344,10 @@ def plot_jaccard(
     "The matrix of indices, from 0 for nothing in common to 1 for the same."
     hover = [[f"{as_text(one)}<br>{as_text(other)}<br>Jaccard index {value:.3f}"
               for other, value in row.items()] for one, row in frame.iterrows()]
-    figure = go.Figure(go.Heatmap(
-        z=frame.to_numpy(), zmin=0, zmax=1, colorscale="Cividis", xgap=1, ygap=1, text=hover,
-        texttemplate="%{z:.2f}", hovertemplate="%{text}<extra></extra>",
-        colorbar=dict(thickness=14, title=dict(text="Jaccard index", side="right"))))
-    name_cells(figure, frame.columns, frame.index)
-    return lay_out(figure, "What two structures have in common", 170 + 34 * len(frame))
+    return draw_matrix("What two structures have in common", 170 + 34 * len(frame), frame.columns, frame.index,
+                       z=frame.to_numpy(), zmax=1, text=hover, texttemplate="%{z:.2f}",
+                       hovertemplate="%{text}<extra></extra>",
+                       colorbar=dict(thickness=14, title=dict(text="Jaccard index", side="right")))
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-n13
 def plot_places(
@@ -364,13 +362,11 @@ def plot_places(
              for name, by, row in zip(frame["name"], frame.kept_by, kept)]
     bar = dict(title=dict(text="kept by", side="right"), dtick=1, thickness=14, lenmode="pixels",
                len=min(260, 60 + 20 * len(frame)), y=1, yanchor="top")
-    figure = go.Figure(go.Heatmap(
-        z=np.where(kept > 0, frame.kept_by.to_numpy()[:, None], np.nan), zmin=0, zmax=count, xgap=1, ygap=1,
-        colorscale="Cividis", colorbar=bar, text=marks, texttemplate="%{text}", customdata=hover,
-        hovertemplate="%{customdata}<extra></extra>", hoverongaps=False))
-    name_cells(figure, shares.columns, frame["name"])
     title = f"{len(frame)} modules in {count} structures, {(frame.kept_by == count).sum()} of them in all"
-    return lay_out(figure, title, 150 + 20 * len(frame))
+    return draw_matrix(title, 150 + 20 * len(frame), shares.columns, frame["name"], zmax=count, colorbar=bar,
+                       z=np.where(kept > 0, frame.kept_by.to_numpy()[:, None], np.nan), text=marks,
+                       texttemplate="%{text}", customdata=hover, hoverongaps=False,
+                       hovertemplate="%{customdata}<extra></extra>")
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-034
 def _settings(runs: Sequence[Run]) -> list[str]:

@@ -344,8 +344,8 @@ def plot_jaccard(
     "The matrix of indices, from 0 for nothing in common to 1 for the same."
     hover = [[f"{as_text(one)}<br>{as_text(other)}<br>Jaccard index {value:.3f}"
               for other, value in row.items()] for one, row in frame.iterrows()]
-    return draw_matrix("What two structures have in common", 170 + 34 * len(frame), frame.columns, frame.index,
-                       z=frame.to_numpy(), zmax=1, text=hover, texttemplate="%{z:.2f}",
+    return draw_matrix("What two structures have in common", 170 + 34 * len(frame), frame.columns,
+                       frame.index, z=frame.to_numpy(), zmax=1, text=hover, texttemplate="%{z:.2f}",
                        hovertemplate="%{text}<extra></extra>",
                        colorbar=dict(thickness=14, title=dict(text="Jaccard index", side="right")))
 

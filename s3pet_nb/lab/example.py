@@ -88,14 +88,15 @@ def _log_trainings(run: Run) -> None:
 ABOUT = {"backbone": "tiny", "family": "bert", "n_backbone": 40_000}  # what structure and result both say
 
 
-def _structure(seed: int, budget: int) -> dict:
+def _structure(task: str, seed: int, budget: int) -> dict:
     p = GATE.p(*example_gates(seed, STEPS, budget))
     kept = zip(example_space(), p.tolist(), select(p, SIZES, budget).tolist())
     modules = [{name: candidate[name] for name in ("stack", "layer", "role", "module", "n")}
-               | {"settings": {}, "p": chance, "path": candidate["name"]}
+               | {"of": candidate["n"], "settings": {}, "p": chance, "score": None, "path": candidate["name"]}
                for candidate, chance, chosen in kept if chosen]
-    return ABOUT | {"schema": 1, "space": "lesson", "budget": budget, "method": "s3pet", "seed": seed,
-                    "version": "0", "modules": modules}
+    return ABOUT | {"schema": 4, "shape": {"encoder": [2, 16]}, "space": "lesson", "rules": [], "task": task,
+                    "budget": budget, "method": "s3pet", "seed": seed, "version": "0", "masks": None,
+                    "modules": modules}
 
 
 def example_run(
@@ -109,7 +110,7 @@ def example_run(
     run = Run.create(root, "lesson", params, code="")
     _log_search(run, seed, budget)
     _log_trainings(run)
-    structure = _structure(seed, budget)
+    structure = _structure(task, seed, budget)
     write_json(run.folder / "structure.json", structure | {"task": task})
     sizes = {"searched": sum(module["n"] for module in structure["modules"]), "lora-everywhere": 128}
     rows = [{"label": label, "structure": label, "modules": 3, "n_params": sizes.get(label, budget - 2),

@@ -193,7 +193,7 @@ def test_p_under_another_budget_is_the_gates_and_what_it_selects(run):
     assert same.n[same.selected].sum() <= 4542 < wide.n[wide.selected].sum() <= 9000
     assert p_frame([space, last]).selected.equals(same.selected)
     with pytest.raises(ValueError, match="the log does not say its gate at step 60"):
-        p_frame([space, last], B=9000)
+        p_frame([space, last | {"gate": None}], B=9000)
     with pytest.raises(ValueError, match="an alpha that is not a number"):
         p_frame([space, last | {"gate": gate, "alpha": [None] * 110}], B=9000)
 

@@ -80,7 +80,7 @@ def read_as(default: object, text: str) -> object:
 
 # %% ../nbs/cli.ipynb #cli-assignments
 def assignments(words: list[str], defaults: Mapping) -> dict:
-    "The values of `--set`, read as the template's `defaults`; `ValueError` for a word without an =."
+    "The values of `--set`, read as the template's `defaults`; `ValueError` for a word without a value."
     values = {}
     for word in words:
         name, equals, text = word.partition("=")

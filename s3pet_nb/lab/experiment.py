@@ -68,7 +68,7 @@ def about(setup: Setup, space: SearchSpace, backbone: str) -> dict:
         "n_backbone": space.n_backbone, "family": space.family,
         "space": {"name": space.name, "candidates": len(space), "n_params": space.n_params},
         "data": {"rows": setup.splits.sizes, "rows_there_are": setup.whole.sizes,
-                     "shared": setup.whole.shared}}
+                 "shared": setup.whole.shared}}
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-014
 def compared_with(

@@ -67,7 +67,7 @@ def write_run(study, question, root, space, gates=True):
     "What a run of this question leaves, made of plain numbers."
     asked, rng = question.params, random.Random(repr(sorted(question.params.items(), key=str)))
     params = {name: value for name, value in asked.items() if name != "data_dir"}
-    run = Run.create(root, study.folder or study.name, params, question.code)
+    run = Run.create(root, study.folder or study.name, params, id=question.id)
     assert run.id == question.id
     budget = round(asked["budget"] * N_BACKBONE)
     result = {"task": asked["task"], "metric": METRIC.get(asked["task"], "accuracy"), "backbone": "minilm",

@@ -20,7 +20,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import transformers
@@ -136,6 +136,7 @@ class LoopConfig:
 
     steps: int = 1000
     lr: float = 3e-4  # of the weights: AdamW, linear decay to 0; in a search also xi, of the virtual step
+    _: KW_ONLY
     clip: float = 2.0  # largest norm of each gradient; infinite for none
     evaluate_every: int = 100  # steps between two scores on validation data
     dropout: bool = True  # the backbone's own; short runs on a frozen backbone learn much sooner without

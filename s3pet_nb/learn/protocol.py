@@ -65,7 +65,7 @@ class Protocol:
 
     def config(self, steps: int, lr: float, **more) -> TrainConfig:
         "A training of so many steps at this rate; `more` are further numbers of a `TrainConfig`."
-        return TrainConfig(steps, lr, self.clip, warmup=self.warmup, take=self.take, **more)
+        return TrainConfig(steps, lr, clip=self.clip, warmup=self.warmup, take=self.take, **more)
 
 
 PROTOCOLS = Registry("protocol")

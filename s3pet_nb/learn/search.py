@@ -27,7 +27,7 @@ __all__ = ['SEARCH_ORDERS', 'LOOKS', 'ALPHAS', 'SearchConfig', 'SearchStep', 'ch
 
 # %% ../../nbs/learn/04_search.ipynb #search-003
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 
 import pandas as pd
 import torch
@@ -53,6 +53,7 @@ from ..model.structure import gap as greedy_gap
 class SearchConfig(LoopConfig):
     "Numbers of a search; the defaults are the paper's where it gives them (S3PET, B.2)."
 
+    _: KW_ONLY
     alpha_lr: float = 0.1  # of alpha, AdamW, linear decay to 0, as `lr` is of delta
     measure_every: int = 100  # steps between two measurements of the second-order term; 0 for none
 

@@ -18,7 +18,7 @@ __all__ = ['BASELINES', 'QV', 'TrainConfig', 'TrainStep', 'set_weights', 'kept',
 # %% ../../nbs/learn/05_train.ipynb #train-003
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 
 import torch
 import transformers
@@ -41,6 +41,7 @@ from ..model.structure import Structure, select
 class TrainConfig(LoopConfig):
     "Numbers of a training; the defaults are the paper's where it gives them (S3PET, B.2)."
 
+    _: KW_ONLY
     warmup: float = 0.0  # share of the steps in which the rate rises linearly to `lr`
     take: str = "best"  # whose weights are kept: those of the "best" or of the "last" evaluation
 

@@ -144,3 +144,10 @@ def test_minus_the_loss_is_the_mean_over_batches():
 
 def test_a_device_is_picked_by_its_name():
     assert pick_device("cpu") == CPU and pick_device("meta").type == "meta"
+
+
+@pytest.mark.parametrize("config", [LoopConfig, SearchConfig, TrainConfig])
+def test_numbers_beyond_steps_and_rate_are_given_by_name(config):
+    assert config(7, 0.5).lr == 0.5
+    with pytest.raises(TypeError, match="positional"):
+        config(7, 0.5, 0.1)

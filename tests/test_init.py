@@ -25,9 +25,10 @@ def test_the_promised_names_are_there(name):
     assert name in s3pet_nb.__all__ and name in dir(s3pet_nb)
 
 
-def test_the_package_alone_loads_nothing_heavy():
+@pytest.mark.parametrize("module", ["s3pet_nb", "s3pet_nb.cli", "s3pet_nb.lab.study"])
+def test_what_answers_a_mistyped_name_loads_nothing_heavy(module):
     heavy = ("torch", "numpy", "pandas", "transformers", "datasets", "plotly", "IPython")
-    code = f"import sys, s3pet_nb; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
 

@@ -36,13 +36,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
 from fastcore.basics import patch
 
 from .. import __version__
 from ..core import check_names, write_text
+
+if TYPE_CHECKING:  # so that a command which cannot run says so before torch is loaded
+    import torch
 
 # %% ../../nbs/lab/00_store.ipynb #store-006
 def plain(
@@ -315,9 +317,11 @@ PACKAGES = ("torch", "transformers", "datasets", "scikit-learn", "numpy", "scipy
 
 
 def environment(
-    device: torch.device,  # where the model was
+    device: "torch.device",  # where the model was
 ) -> dict:  # device, threads, peak_memory_mb, python and the packages' versions
     "What a result says of the machine; the peak memory is this process's, and the GPU's if there is one."
+    import torch
+
     from s3pet_nb.learn.compute import peak_memory_mb
 
     found = {"device": str(device), "threads": torch.get_num_threads(),

@@ -404,6 +404,7 @@ execute({str(template)!r}, {{}}, {str(tmp_path / "reports")!r}, "s")"""])
         if kernels_of(folder):
             break
         time.sleep(0.01)
+    assert kernels_of(folder) and runner.poll() is None
     runner.kill()
     runner.wait()
     for _ in range(300):

@@ -17,7 +17,7 @@ from s3pet_nb.learn.search import (ALPHAS, SEARCH_ORDERS, EarlyStop, SearchConfi
                                    run_search, search)
 from s3pet_nb.learn.train import TrainConfig, retrain
 from s3pet_nb.model.backbone import FAMILIES, example_batch, tiny
-from s3pet_nb.model.gate import Annealed, HardConcrete, ShiftedSigmoid, StraightThrough, geometric
+from s3pet_nb.model.gate import Annealed, HardConcrete, ShiftedSigmoid, StraightThrough, gate_record, geometric
 from s3pet_nb.model.space import Rule, attach, make_space
 from s3pet_nb.model.structure import Structure, jaccard, select
 
@@ -224,9 +224,12 @@ def test_an_unknown_choice_of_alphas_names_the_near_one():
 
 def test_an_annealed_gate_is_as_it_was_at_the_step_that_was_taken():
     gate = Annealed(ShiftedSigmoid(), tau=geometric(1.0, 0.25), beta=geometric(1.0, 0.1))
-    result = searched(tiny("bert"), steps=8, evaluate_every=4, gate=gate)
+    records = Records()
+    result = searched(tiny("bert"), steps=8, evaluate_every=4, gate=gate, log=records)
     assert result.taken("last").gate == ShiftedSigmoid(tau=0.25, beta=0.1)
     assert result.gate == gate.at(result.step / 8)
+    looks = [record for record in records if record["event"] == "gates"]
+    assert looks and all(look["gate"] == gate_record(gate.at(look["step"] / 8)) for look in looks)
 
 
 @pytest.mark.parametrize("gate", [ShiftedSigmoid(), ShiftedSigmoid(scope="local"), StraightThrough()],

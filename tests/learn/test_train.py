@@ -96,14 +96,14 @@ def test_accumulated_batches_have_the_gradient_of_one_of_all_rows(model):
         torch.testing.assert_close(part, grad, rtol=1e-4, atol=1e-6)
 
 
-def test_a_loss_that_is_not_a_number_ends_a_training_and_leaves_the_model(model):
-    before, records = weights_of(model), Records()
+def test_a_loss_that_is_not_a_number_ends_a_training_and_leaves_the_model():
     data = [batch | {"labels": torch.full((8,), float("nan"))} for batch in rows(tiny("bert", "regress", num_labels=1))]
     broken = tiny("bert", "regress", num_labels=1)
+    before, records = weights_of(broken), Records()
     with pytest.raises(FloatingPointError, match="retrain stopped at step 1: loss is nan"):
         retrain(broken, random_structure(make_space(broken), 400, 0), data, data, config=SHORT, callbacks=(), log=records)
     assert [record["event"] for record in records] == ["stopped"]
-    assert_as_before(model, before)
+    assert_as_before(broken, before)
 
 
 def test_a_row_has_the_tasks_metric_first_and_the_others_by_their_names():

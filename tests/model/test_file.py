@@ -250,6 +250,8 @@ def test_a_structure_comes_back_with_the_rules_of_its_space(tmp_path, space):
     ('"schema": 4', '"schema": 3', "its schema is '3', and schema 4 is read; make the structure again, or"),
     ('"schema": 4', '"schema": 2', "its schema is '2', and schema 4 is read; make the structure again, or"),
     ('"masks": null', '"masks": 3', "masks is '3', which is of the wrong type"),
+    ('"masks": null', '"mask": null', "fields mask, masks are not as expected"),
+    ('"shape": ', '"shapes": ', "fields shape, shapes are not as expected"),
     ('"of": ', '"of": 1', "in part and there are no masks"),
     ('"score": null', '"score": NaN', "NaN is no number of JSON"),
     ('"score": null', '"score": true', "score is 'True', which is of the wrong type"),

@@ -566,3 +566,26 @@ def test_a_page_of_500_runs_opens_soon(browser, tmp_path):
           f"computed {computed:.1f} s, {busy(tab):.1f} s with every figure drawn")
     assert body_of(path).count("<h2 id=") == 7 and len(asked) == 1 and complaints == []
     assert 0 < computed < 10
+
+
+def test_a_page_of_transfers_has_a_matrix_and_names_as_text(tmp_path):
+    tasks = ["glue/cola", "glue/rte", IMAGE]
+    study = make_study(tmp_path, params={"targets": tasks}, grid={"task": tasks}, methods={}, seeds=[0, 1],
+                       show=["transfer", "heatmaps"])
+    fill(study, tmp_path / "reports")
+    body = body_of(study_report(study, tmp_path / "reports"))
+    assert re.findall(HEADING, body) == ["From task to task", "Where the budgets went", "All runs"]
+    matrix = body[body.index('<h2 id="From-task-to-task"'):body.index('<h2 id="Where-the-budgets-went"')]
+    assert matrix.count("<b>") >= 3 and matrix.count("Plotly.newPlot(") == 1
+    assert "No run has searched or pruned yet." in body and IMAGE not in body
+
+
+def test_a_page_shows_what_prunings_kept_task_by_task(tmp_path):
+    study = make_study(tmp_path, grid={"task": ["glue/cola", "glue/rte"]}, seeds=[0, 1],
+                       show=["heatmaps", "heatmaps by task"],
+                       methods={"S3PET": {}, "first-order": {"params": {"criterion": "first-order"}}})
+    fill(study, tmp_path / "reports")
+    body = body_of(study_report(study, tmp_path / "reports"))
+    assert "S3PET: mean p over 4 runs" in body and "first-order: mean share kept over 4 runs" in body
+    assert re.search("S3PET, task glue.{1,6}cola: mean p over 2 runs", body) and "left out" not in body
+    assert body.count("Plotly.newPlot(") == 2 + 4

@@ -8,8 +8,8 @@ in which they are asked, a backbone with the head that this form needs, its toke
     result = search(setup.model, space, setup.delta, setup.alpha, setup.validation, budget=2e-4, score=score)
 
 A search trains the modules on one half of the training rows, `delta`, and judges the gates on the other,
-`alpha`. A training takes all of them, `train`. Each access makes a new loader, which begins its order anew:
-two trainings on `setup.train` see the same batches in the same order.
+`alpha`. A training takes all of them, `train`. Each access to these three makes a new loader, which begins
+its order anew: two trainings on `setup.train` see the same batches in the same order.
 
 What this module does not do: it moves no model to a device, and it searches and trains nothing."""
 
@@ -20,6 +20,7 @@ __all__ = ['Setup']
 
 # %% ../../nbs/data/06_setup.ipynb #setup-n03
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import transformers
@@ -60,8 +61,21 @@ class Setup:
         "Batches of some rows, as `loader` makes them."
         return loader(rows, self.form, self.tokenizer, self.batch_size, seed, self.max_length, self.workers)
 
-    def __repr__(self) -> str:
-        return f"Setup of {self.task.name} on {self.model.config.name_or_path}: {self.splits}"
+    @cached_property
+    def halves(self) -> tuple[Dataset, Dataset]:
+        "D_delta and D_alpha, two disjoint halves of the training rows."
+        return cut_in_halves(self.splits.train, self.seed, self.splits.key)
+
+    @cached_property
+    def validation(self) -> Batches:
+        "Batches of the validation rows, to be answered."
+        return self.batches(self.splits.validation)
+
+    @cached_property
+    def tests(self) -> dict[str, Batches]:
+        "Batches of every test split, by its name, to be answered."
+        return {name: self.batches(rows) for name, rows in self.splits.items()
+                if name not in ("train", "validation")}
 
 # %% ../../nbs/data/06_setup.ipynb #setup-n08
 @patch(cls_method=True)
@@ -88,13 +102,12 @@ def of(
     splits = whole.head(n_train, n_eval)
     return cls(form, model, tokenizer, whole, splits, seed, batch_size, max_length, workers)
 
+
+@patch
+def __repr__(self: Setup) -> str:
+    return f"Setup of {self.task.name} on {self.model.config.name_or_path}: {self.splits}"
+
 # %% ../../nbs/data/06_setup.ipynb #setup-n12
-@patch(as_prop=True)
-def halves(self: Setup) -> tuple[Dataset, Dataset]:
-    "D_delta and D_alpha, two disjoint halves of the training rows."
-    return cut_in_halves(self.splits.train, self.seed, self.splits.key)
-
-
 @patch(as_prop=True)
 def delta(self: Setup) -> Batches:
     "Training batches of D_delta, which trains the modules of a search."
@@ -111,16 +124,3 @@ def alpha(self: Setup) -> Batches:
 def train(self: Setup) -> Batches:
     "Training batches of all training rows."
     return self.batches(self.splits.train, self.seed)
-
-
-@patch(as_prop=True)
-def validation(self: Setup) -> Batches:
-    "Batches of the validation rows, to be answered."
-    return self.batches(self.splits.validation)
-
-
-@patch(as_prop=True)
-def tests(self: Setup) -> dict[str, Batches]:
-    "Batches of every test split, by its name, to be answered."
-    return {name: self.batches(rows) for name, rows in self.splits.items()
-            if name not in ("train", "validation")}

@@ -498,7 +498,7 @@ def build(self: Monitor) -> None:
                             self.stop)
     self.saving = _button("Checkpoint", "save", "Save a checkpoint after this step", self.checkpoint)
     self.budget = BudgetSlider("budget shown", continuous_update=False, layout={"width": "420px"})
-    self.budget.observe(lambda _: self.heat and self.draw(), "value")
+    self.budget.observe(lambda _: self.heat and self.safely(self.draw), "value")
     self.budget.observe(settle)
     self.line, self.notes, self.live = widgets.HTML(), widgets.HTML(), LiveFigures()
     self.line.add_class("s3pet-status")
@@ -533,8 +533,8 @@ def draw_heat(self: Monitor) -> None:
         self.space, self.heat = watched.space, None
         self.budget.stretch(watched.n, self.space["budget"])
         self.budget.disabled = watched.gate is None
-    B = self.budget.budget
-    frame = p_frame(watched.log, B=None if B == self.space["budget"] else B)
+    B, known = self.budget.budget, watched.gate is not None and None not in watched.gates["alpha"]
+    frame = p_frame(watched.log, B=B if known and B != self.space["budget"] else None)
     if self.heat is None:
         self.heat = plain_figure(draw_p(frame))
     traces = [trace.to_plotly_json() for trace in p_traces(frame)]

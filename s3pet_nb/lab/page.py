@@ -26,8 +26,8 @@ Formulas in LaTeX stay as they are written, because the page loads nothing to se
 __all__ = ['PLOTLY', 'WIDGET', 'SCRIPT', 'ERROR_TAG', 'NAMELESS', 'OPTIONS', 'GIVEN', 'ASSETS', 'LIMIT', 'FILES', 'figure_html',
            'failure', 'static_output', 'static_notebook', 'command', 'study_command', 'stopped_early',
            'stopped_by_hand', 'facts', 'study_facts', 'page', 'body_html', 'report', 'say', 'score_table',
-           'transfer_table', 'all_runs', 'chosen_cells', 'compared', 'study_report', 'score_texts', 'index_frame',
-           'studies_frame', 'index']
+           'transfer_table', 'all_runs', 'chosen_cells', 'hidden_error', 'compared', 'study_report', 'score_texts',
+           'index_frame', 'studies_frame', 'index']
 
 # %% ../../nbs/lab/09_page.ipynb #report-003
 import html
@@ -294,8 +294,10 @@ def body_html(
 ) -> str:
     "The cells of a notebook, with as many of its figures as there is room for in a page."
     body, lost = _exporter().from_notebook_node(notebook)[0], 0
-    room = LIMIT - len(body.encode()) - len(get_plotlyjs())
+    room = LIMIT - len(body.encode()) - len(get_plotlyjs().encode())
     for name, figure in figures.items():
+        if f"<!--{name}-->" not in body:  # of a cell whose outputs are left out
+            continue
         text = figure_html(figure, name, waits)
         if len(text.encode()) > room:
             lost, text = lost + 1, ""
@@ -354,7 +356,7 @@ def transfer_table(
 
 # %% ../../nbs/lab/09_page.ipynb #report-029d
 def all_runs(outcome: Outcome) -> Html:
-    "The table of every run that was study for, with links to their reports."
+    "The table of every run that the study asks for, with links to their reports."
     frame, study = outcome.runs, outcome.study
     folder = home("..", study).as_posix()
     links = [f"{folder}/{row.run_id}/report.html" if (row.folder / "report.html").is_file() else None
@@ -375,8 +377,16 @@ def chosen_cells(
               for cell in notebook.cells]
     begin = next(k for k, (tag, _) in enumerate(tagged) if tag)
     plain = [cell for tag, cell in tagged if not tag]
-    chosen = [cell for view in views for tag, cell in tagged if tag == f"view-{view.replace(' ', '-')}"]
+    chosen = [cell for view in dict.fromkeys(views) for tag, cell in tagged
+              if tag == f"view-{view.replace(' ', '-')}"]
     return nbformat.from_dict({**notebook, "cells": [*plain[:begin], *chosen, *plain[begin:]]})
+
+
+def hidden_error(notebook: nbformat.NotebookNode) -> str | None:
+    "The first error of a cell that no page shows, without which no part of a page can be made."
+    outputs = [output for cell in notebook.cells if "remove-cell" in cell.metadata.get("tags", [])
+               for output in cell.get("outputs", [])]
+    return next(filter(None, map(failure, outputs)), None)
 
 
 def compared(
@@ -406,6 +416,8 @@ def study_report(
     folder.mkdir(parents=True, exist_ok=True)
     states = runs.state.value_counts().reindex(["done", "failed", "missing"]).dropna().astype(int)
     executed = compared(study, root, study.show if "done" in states else [])
+    if error := hidden_error(executed):
+        raise RuntimeError(f"the page of study {study.name!r} cannot be made: {error}")
     notebook, figures, _ = static_notebook(executed, whole=True)
     headings = [name for cell in notebook.cells if cell.cell_type == "markdown"
                 for name in re.findall(r"(?m)^## (.+)$", cell.source)]

@@ -27,7 +27,6 @@ import itertools
 import os
 import re
 import subprocess
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -49,7 +48,7 @@ from rich.text import Text
 from ..core import check_counts, check_names
 from .log import Tail, duration
 from .page import report
-from .run import Busy, Launch, RunFailed, answer, claim, end_kernels
+from .run import Busy, Launch, RunFailed, answer, claim, end_left
 from .store import Run, home, plain, read_json, write_json
 from .study import Question, Study, checked
 
@@ -138,7 +137,7 @@ def plan(
 # %% ../../nbs/lab/10_pool.ipynb #pool-010
 def one_line(error: Exception) -> str:
     "What kind of error it is and what it says, in one line that is not too long."
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 500)
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 # %% ../../nbs/lab/10_pool.ipynb #pool-page
 DRAWING = threading.Lock()
@@ -438,8 +437,8 @@ class Runner:
 # %% ../../nbs/lab/10_pool.ipynb #pool-039
 def end_orphans(folder: Path) -> None:
     "End the kernels that a run's dead owner left; whoever has the run by now keeps its own."
-    with suppress(Busy, OSError), claim(folder):
-        end_kernels(folder)
+    with suppress(Busy, OSError), claim(folder) as dead:
+        end_left(folder, dead)
 
 
 def outcome_of(job: Job, future: Future) -> dict:

@@ -21,7 +21,7 @@ are, `filelock` warns and uses a file that a killed process leaves behind; remov
 
 # %% auto #0
 __all__ = ['RUN_MARK', 'GLANCE', 'QUIET', 'GRACE', 'kernel_environment', 'ThisPython', 'kernels_of', 'end_kernels', 'Busy',
-           'claim', 'RunFailed', 'Launch', 'literal', 'answer', 'execute']
+           'claim', 'RunFailed', 'Launch', 'literal', 'end_left', 'answer', 'execute']
 
 # %% ../../nbs/lab/04_run.ipynb #run-003
 import logging
@@ -236,6 +236,13 @@ def _execute(question: Question, run: Run, launch: Launch) -> None:
 GRACE = 5.0  # seconds that a kernel on another machine has to notice that its owner died
 
 
+def end_left(folder: Path, dead: Mapping) -> None:
+    "End the kernels that a dead owner left, as `claim` gives it; on another machine they end themselves."
+    if dead.get("machine", machine()) != machine():
+        time.sleep(GRACE)
+    end_kernels(folder)
+
+
 def _begun(question: Question, root: str | os.PathLike, study: str) -> Run:
     "The run of a question, done or ready to be executed; what was killed after its result is not done."
     run = Run.create(root, study, question.params, id=question.id)
@@ -253,9 +260,7 @@ def answer(question: Question, root: str | os.PathLike, study: str, launch: Laun
     "The run of a question, done, as `execute` gives it; `again` starts over also where there is a result."
     folder = Path(root) / study / question.id
     with claim(folder) as dead:
-        if dead.get("machine", machine()) != machine():
-            time.sleep(GRACE)
-        end_kernels(folder)
+        end_left(folder, dead)
         if again:
             shutil.rmtree(folder, ignore_errors=True)
         run = _begun(question, root, study)

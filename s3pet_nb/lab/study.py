@@ -417,7 +417,9 @@ def changed(self: Study, **given: object) -> Study:
 # %% ../../nbs/lab/02_study.ipynb #study-changed
 def check_questions(name: str, questions: Iterable[Question]) -> None:
     "`Faults` of the study of this name with everything that the templates' checks refuse."
-    distinct = {repr((question.template, question.params | {"seed": 0})): question for question in questions}
+    distinct = {}
+    for question in questions:  # but for the seed; of equal ones the first
+        distinct.setdefault(repr((question.template, question.params | {"seed": 0})), question)
     faults = [f"{question.method}: {fault}" if question.method else fault for question in distinct.values()
               for fault in refusal(check, question.template, question.params)]
     if faults:

@@ -38,7 +38,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..core import check_counts, check_names, write_bytes
+from ..core import check_names, write_bytes
 
 # %% ../../nbs/learn/00_learner.ipynb #learner-006
 def check_same(name: str, there: object, here: object) -> None:
@@ -69,8 +69,11 @@ class Stateful:
 
     def load_state_dict(self, state: dict) -> None:
         "Take over what `state_dict` gave; `ValueError` naming the first difference in `about`."
-        for name, here in self.about().items():
-            check_same(name, state["about"][name], here)
+        about = self.about()
+        if lost := [name for name in (*["about"] * bool(about), *self.remembered) if name not in state]:
+            raise ValueError(f"it has no {lost[0]!r}, so another version wrote it")
+        for name, here in about.items():
+            check_same(name, state["about"].get(name), here)
         for name in self.remembered:
             part = getattr(self, name)
             if hasattr(part, "load_state_dict"):
@@ -332,7 +335,8 @@ class Checkpoint:
                  path: str | os.PathLike,  # a .safetensors file; read if it is there
                  every: int = 100,  # steps
                  ):
-        check_counts(every=every)
+        if every < 1:
+            raise ValueError(f"every is {every}; give at least 1 step, or no checkpoint at all")
         self.path, self.every, self.due = Path(path), every, False  # due: save after this step
 
     def after_step(self, learner: Learner) -> None:

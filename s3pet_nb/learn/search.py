@@ -173,7 +173,8 @@ def about(self: SearchStep) -> dict:
     "The question that this search answers, to compare with a checkpoint's."
     return {"budget": self.B, "order": self.order, "config": asdict(self.config), "start": self.start,
             "gate": [repr(self.gate.at(progress)) for progress in (0.0, 0.5, 1.0)],
-            "candidates": [candidate.name for candidate in self.gated.space.candidates]}
+            "candidates": [candidate.name for candidate in self.gated.space.candidates],
+            "weights": {name: list(weight.shape) for name, weight in self.gated.trainable().items()}}
 
 
 @patch
@@ -440,7 +441,7 @@ def leaning(space: SearchSpace, structure: Structure, strength: float = 2.0) -> 
     The strength says by how much the log-odds are ahead, where tau = 1. `ValueError` for a structure on a
     backbone of another shape, or if nothing of it is in the space.
     """
-    if structure.shape and structure.shape != space.shape:
+    if structure.shape != space.shape:
         raise ValueError(f"this structure was found on a backbone of another shape, {structure.shape}; "
                          "transfer it to this one first")
     kept = {(module.stack, module.layer, module.role, module.module) for module in structure.modules}

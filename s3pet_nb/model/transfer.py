@@ -109,7 +109,7 @@ def _ways(record: Record, places: Sequence[Position]) -> Iterator[_Way]:
     alone = next(iter(shape)) if len(record.shape) == len(shape) == 1 else None
     for i, kept in enumerate(record.modules):
         stack = kept.stack if kept.stack in shape else alone
-        layers, there = (sizes[0] for sizes in (record.shape.get(kept.stack, [0]), shape.get(stack, [0])))
+        layers, there = (sizes[0] for sizes in (record.shape[kept.stack], shape.get(stack, [0])))
         for of_role in _by_role(kept, places, stack):
             yield from _ways_of(i, kept, of_role, layers, there)
 

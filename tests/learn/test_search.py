@@ -1,4 +1,5 @@
 "What a search may be asked, beyond what its notebook shows."
+import re
 import shutil
 import subprocess
 import sys
@@ -402,3 +403,18 @@ def test_orders_are_checked_before_any_pass():
 
 if __name__ == "__main__":
     one_of_two(sys.argv[1])
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda state: state.pop("about"), "it has no 'about', so another version wrote it"),
+    (lambda state: state.pop("generator"), "it has no 'generator', so another version wrote it"),
+    (lambda state: state["about"]["weights"].update({"head.classifier.bias": [3]}), "weights.head.classifier.bias is ")])
+def test_a_checkpoint_of_another_version_or_shape_is_refused_in_a_sentence(spoil, says):
+    model = tiny("bert")
+    with attach(model, make_space(model)) as gated:
+        step = SearchStep(gated, 200, "first", SearchConfig())
+        state = step.state_dict()
+        assert "head.classifier.bias" in state["about"]["weights"]
+        spoil(state)
+        with pytest.raises(ValueError, match=re.escape(says)):
+            step.load_state_dict(state)

@@ -490,6 +490,18 @@ def test_a_broken_folder_opens_and_says_what_is_missing(tmp_path, how, told):
     assert monitor.budget.disabled == (how in ("log", "gate"))
 
 
+def test_an_alpha_that_is_no_number_costs_no_figure(tmp_path):
+    run = Run.create(tmp_path, "study", {"seed": 0}, "")
+    result = searched(run, steps=8)
+    monitor = Monitor(run)
+    gates = [record for record in run.records() if record["event"] == "gates"][-1]
+    run.log(gates | {"alpha": [None, *gates["alpha"][1:]]})
+    shown = monitor.live.figures
+    monitor.watched.look()
+    monitor.budget.value = 2 * result.budget
+    assert len(monitor.live.figures) == len(shown) and "could not be shown" not in monitor.notes.value
+
+
 def test_an_unknown_run_is_an_error_that_names_the_known(done):
     run, _ = done
     root = run.folder.parent.parent

@@ -589,3 +589,12 @@ def test_a_page_shows_what_prunings_kept_task_by_task(tmp_path):
     assert "S3PET: mean p over 4 runs" in body and "first-order: mean share kept over 4 runs" in body
     assert re.search("S3PET, task glue.{1,6}cola: mean p over 2 runs", body) and "left out" not in body
     assert body.count("Plotly.newPlot(") == 2 + 4
+
+
+def test_a_page_that_cannot_be_set_up_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr("s3pet_nb.lab.page.write_json", lambda path, obj: None)  # so that there is no study to read
+    study = make_study(tmp_path, grid={"task": ["glue/cola"]}, methods={}, seeds=[0])
+    fill(study, tmp_path / "reports")
+    with pytest.raises(RuntimeError, match="the page of study 'sweep' cannot be made: AttributeError"):
+        study_report(study, tmp_path / "reports")
+    assert not (tmp_path / "reports" / "sweep" / "index.html").exists()

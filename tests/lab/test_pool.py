@@ -11,11 +11,12 @@ import pytest
 from templates import write_counting, write_template
 
 import s3pet_nb.lab.pool
-from s3pet_nb.core import UnknownName
+from s3pet_nb.core import UnknownName, machine
 from s3pet_nb.lab.live import StudyMonitor
-from s3pet_nb.lab.pool import (STATUS, Job, Local, Rules, carry_out, cores, finished, gpu_use, gpus, job_status,
+from s3pet_nb.lab.pool import (STATUS, Job, Local, Rules, carry_out, cores, end_orphans, finished, gpu_use, gpus, job_status,
                                plan, recorded, run_study, seconds_left, slot_environments)
 from s3pet_nb.lab.run import RUN_MARK, Launch, claim
+from s3pet_nb.lab.store import write_json
 from s3pet_nb.lab.study import Faults, Question, checked
 
 
@@ -399,3 +400,14 @@ Run(run_folder).save_result({name: os.environ[name] for name in ("OMP_NUM_THREAD
     results = [json.loads((job.folder / "result.json").read_text()) for job in ended.jobs]
     assert {result["OMP_NUM_THREADS"] for result in results} == {"4"}
     assert {result["CUDA_VISIBLE_DEVICES"] for result in results} == {"3", "5"}
+
+
+@pytest.mark.parametrize("host, waits", [("elsewhere", [7.0]), (machine(), [])])
+def test_what_a_dead_owner_elsewhere_left_gets_its_time_here_as_well(tmp_path, monkeypatch, host, waits):
+    asked = []
+    monkeypatch.setattr("s3pet_nb.lab.run.GRACE", 7.0)
+    monkeypatch.setattr("s3pet_nb.lab.run.time.sleep", asked.append)
+    (tmp_path / "s" / ".locks").mkdir(parents=True)
+    write_json(tmp_path / "s" / ".locks" / "one.json", {"machine": host, "who": "process 1"})
+    end_orphans(tmp_path / "s" / "one")
+    assert asked == waits

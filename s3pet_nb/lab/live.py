@@ -490,6 +490,15 @@ def _button(description: str, icon: str, tooltip: str, press: Callable[[], None]
 
 
 @patch
+def safely(self: Monitor, show: Callable[[], None]) -> None:
+    "Show something, or say what went wrong."
+    try:
+        show()
+    except Exception as error:
+        self.notes.value = html.escape(f"This could not be shown: {error!r}")
+
+
+@patch
 def build(self: Monitor) -> None:
     "Make the controls and the box that holds everything."
     self.pausing = _button("Pause", "pause", "Hold the run",
@@ -593,15 +602,6 @@ def look_on(self: Monitor) -> None:
         self.draw()
 
 # %% ../../nbs/lab/12_live.ipynb #live-n41
-@patch
-def safely(self: Monitor, show: Callable[[], None]) -> None:
-    "Show something, or say what went wrong."
-    try:
-        show()
-    except Exception as error:
-        self.notes.value = html.escape(f"This could not be shown: {error!r}")
-
-
 @patch
 async def follow(self: Monitor) -> None:
     "Draw as the run goes on, until it is done."

@@ -185,7 +185,7 @@ def write_entries(path: Path, key: str, chunks: Chunks, workers: int) -> None:
 
 # %% ../../nbs/data/05_batch.ipynb #batch-n03
 def entries_of(chunks: Chunks, workers: int = 0) -> Dataset:
-    "All entries, from their file, which is made where it is not there, by `workers` if there is much."
+    "All entries, from their file, made where it is not there, by `workers` beyond `MANY` chunks."
     key = entries_key(chunks)
     path = cache_folder() / f"{key}.arrow"
     if (entries := read_entries(path, key)) is not None:
@@ -201,7 +201,12 @@ def entries_of(chunks: Chunks, workers: int = 0) -> Dataset:
 class Batches(DataLoader):
     "Batches of the entries of some rows, dicts for `model(**batch)`; made by `loader`."
 
-    def __init__(self, chunks: Chunks, batch_size: int, seed: int | None, workers: int):
+    def __init__(self,
+                 chunks: Chunks,  # of training rows if there is a seed
+                 batch_size: int,  # entries
+                 seed: int | None,  # of the order of training batches; to be answered if None
+                 workers: int,  # processes that make batches; 0 for this one
+                 ):
         self.rows, self.form, self.tokenizer = chunks.rows, chunks.form, chunks.tokenizer
         self.training, entries, generator = chunks.training, entries_of(chunks, workers), torch.Generator()
         self.owners = entries.data["row"].to_numpy()  # the row of each entry

@@ -168,7 +168,10 @@ def find_file(folder: Path, split: str) -> Path | None:
 
 # %% ../../nbs/data/01_rows.ipynb #rows-015
 def read_hub(name: str, config: str, otherwise: str, splits: list[str] | None = None) -> Mapping | list:
-    "Rows of a dataset, all splits if None; `FileNotFoundError`, with what to do `otherwise`, without any."
+    """Rows of a dataset, all splits if None; `FileNotFoundError`, with what to do `otherwise`, without any.
+
+    An empty `config` is the only one that the dataset has.
+    """
     try:
         with quiet():
             if not is_offline_mode() and not Path(name).is_dir():
@@ -311,7 +314,11 @@ def fill(sizes: np.ndarray, n: int) -> np.ndarray:  # both arrays (groups,); boo
 
 # %% ../../nbs/data/01_rows.ipynb #rows-n05
 def deal(rows: Dataset, counts: Sequence[int], seed: int, key: Sequence[str] = ()) -> list[Dataset]:
-    "The rows in a seeded order: a part for each count, and the rest; rows with the same `key` stay together."
+    """The rows in a seeded order: a part for each count, and the rest.
+
+    Rows with the same `key` stay together, so a part has fewer where no further group fits; without a key
+    every row is for itself.
+    """
     order = np.random.default_rng(seed).permutation(len(rows))
     groups = pd.factorize(content(rows, key)[order])[0] if key else np.arange(len(rows))
     sizes = np.bincount(groups)

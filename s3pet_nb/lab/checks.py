@@ -8,8 +8,8 @@ of the functions here raises an error of one sentence: what was given, and what 
     blueprint_for   rows that cannot be read, and steps left to a protocol that has none for the task
     check_compared  structures, baselines and cuts that do not fit the backbone or the budget
 
-Names are for `core.check_names`. What is heavy is imported within the functions: a template that imports it
-only after it has looked at numbers and names answers sooner.
+Names are for `s3pet_nb.core.check_names`. What is heavy is imported within the functions: a template that
+imports it only after it has looked at numbers and names answers sooner.
 
 What this module does not do: it knows no template's parameters."""
 

@@ -8,7 +8,7 @@ way. `index` lists all pages. One jinja template makes the three; it escapes wha
 plotly.js is written into a page once, so the figures draw on a machine without a network, now and in ten
 years. In a study's page a figure waits until the reader comes near it, or prints, so that a page with many of
 them opens at once; it has no ground of its own, so that it is dark on a dark page. A page stays under 8 MB:
-where there are more figures than that, the last ones are left out, and the page says so.
+figures that do not fit are left out, and the page says so.
 
 What a page leaves out: progress bars and warnings (stderr), live widgets, cells tagged `remove-cell`,
 outputs of cells tagged `remove-output`, code of cells tagged `remove-input`. A run's notebook that failed on

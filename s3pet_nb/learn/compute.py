@@ -161,7 +161,7 @@ def training(model: nn.Module, backbone: transformers.PreTrainedModel, config: L
 
 # %% ../../nbs/learn/01_compute.ipynb #learner-037
 def pick_device(name: str = "auto") -> torch.device:
-    'A device by its name in torch; "auto" is the accelerator of this process, if there is one.'
+    'A device by its name in torch, such as "cuda:1"; "auto" is the accelerator of this process, if any.'
     return PartialState().device if name == "auto" else torch.device(name)
 
 # %% ../../nbs/learn/01_compute.ipynb #learner-040

@@ -10,7 +10,7 @@ scores, and the length of the log. Loaded again, the run continues with the same
 log differs. Nothing is ever pickled.
 
 The learner logs to any object with `.log(dict)`. It does not know who reads the log. What a step of a search
-or a training cost goes there with it: passes through the model, seconds, memory.
+or a training cost, which `s3pet_nb.learn.compute` says, goes there with it.
 
 What this module does not do: it holds no model and no optimiser, and it does not know what a step computes."""
 

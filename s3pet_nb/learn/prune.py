@@ -397,7 +397,10 @@ def prune_rounds(
     budgets: Sequence[int],  # falling counts
     train: Callable[[str, Tensor, int], tuple[Tensor, TrainResult]],  # label, alive, B -> (E,) scores, result
 ) -> tuple[Tensor, Tensor, Tensor, list[TrainResult]]:
-    "The last scores, the entries that they are of, the entries that are left (all (E,)), and the trainings."
+    """The last scores, the entries that they are of, the entries that are left (all (E,)), and the trainings.
+
+    A round whose budget is met already has nothing to do and is left out.
+    """
     keep, trainings = torch.ones(len(units.unit), dtype=torch.bool), []
     for k, B in enumerate(budgets, start=1):
         if int(keep.sum()) <= B:
@@ -461,7 +464,7 @@ def prune_search(
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-041
 def random_units(space: SearchSpace, B: float, granularity: str, seed: int) -> Structure:
-    "A structure within B, a ratio or a count, pruned at random; `ValueError` for a budget out of range."
+    "A structure within B, a ratio or a count, pruned at random; `ValueError` for a B out of range."
     units, B = Units.of(space, granularity), resolve_budget(B, space.n_backbone)
     check_schedule([B], units)
     draw = torch.Generator().manual_seed(seed)

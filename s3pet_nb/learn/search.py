@@ -382,10 +382,10 @@ class Pairs(Stateful):
 def run_search(
     step: SearchStep,
     loaders: Sequence[Iterable],  # of D_delta and D_alpha, the halves of the training data, and of D_val
-    score: Score = negative_loss,
-    callbacks: Iterable[Callback] = (),
+    score: Score = negative_loss,  # higher is better
+    callbacks: Iterable[Callback] = (),  # beside those that log the gates and score
     log: Log | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint | None = None,  # goes on from what it finds, and saves
 ) -> SearchResult:
     "Take all steps of a search; `FloatingPointError` for a loss that is not a number."
     gated, config, (*halves, loader_val) = step.gated, step.config, loaders

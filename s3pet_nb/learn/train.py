@@ -157,14 +157,17 @@ def row(self: TrainResult, label: str, tests: Mapping[str, Mapping[str, float]])
             "steps": self.steps, "seconds": self.seconds}
 
 # %% ../../nbs/learn/05_train.ipynb #train-fit-1
-def fit(step: TrainStep, backbone: transformers.PreTrainedModel, loaders: tuple[Iterable, Iterable],
-        score: Score, label: str, callbacks: Iterable[Callback], log: Log | None,
-        checkpoint: Checkpoint | None) -> TrainResult:
-    """Take all steps of a training and return its weights; `FloatingPointError` for a broken loss.
-
-    The backbone is the step's model, or what it has inside; the loaders are of D_train and of D_val; the
-    label is the phase in the log.
-    """
+def fit(
+    step: TrainStep,
+    backbone: transformers.PreTrainedModel,  # the step's model, or what it has inside
+    loaders: tuple[Iterable, Iterable],  # of D_train and of D_val
+    score: Score,  # higher is better
+    label: str,  # the phase in the log
+    callbacks: Iterable[Callback],
+    log: Log | None,
+    checkpoint: Checkpoint | None,  # goes on from what it finds, and saves
+) -> TrainResult:
+    "Take all steps of a training and return its weights; `FloatingPointError` for a broken loss."
     config, model, (loader, loader_val) = step.config, step.model, loaders
     evaluate = Evaluate(lambda: evaluated(model, loader_val, score, config.compute),
                         step.snapshot, config.evaluate_every, config.take)
@@ -215,7 +218,7 @@ def finetune(
 
 # %% ../../nbs/learn/05_train.ipynb #train-022
 def random_structure(space: SearchSpace, B: float, seed: int) -> Structure:
-    """A structure of `space` within B, drawn without looking at data.
+    """A structure of `space` within B, drawn from `seed` alone, without looking at data.
 
     B is a ratio of the backbone below 1, else a count; `ValueError` for a budget out of range.
     """

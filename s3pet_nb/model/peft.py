@@ -427,7 +427,8 @@ def merge(model: PreTrainedModel, structure: Structure, tensors: Tensors | None 
           seed: int | None = None) -> PreTrainedModel:
     """A copy of the backbone with the trained structure folded into its weights; the logits are compared.
 
-    Arguments as in `to_peft`; the model is left as it was. `ValueError` naming what cannot be folded:
+    The tensors are trained weights, as in `Structure.apply`, and the seed that of the others, 0 if None. The
+    model is left as it was. `ValueError` naming what cannot be folded:
     adapters, biases where the architecture has none, and weights that two modules share. `RuntimeError` where
     the logits differ by more than rounding. What is folded is compared in float32, and rounded to the model's
     own dtype afterwards.

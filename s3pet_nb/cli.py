@@ -168,11 +168,10 @@ def command(name: str | None = None) -> Callable:
 # %% ../nbs/cli.ipynb #cli-given
 def whole_path(task: str) -> str:
     "The name of a task as it is, a file or folder of rows with its whole path."
-    if not Path(task).exists():
-        return task
-    from s3pet_nb.data.task import TASKS
+    from s3pet_nb.core import names_in
 
-    return task if task in TASKS else str(Path(task).absolute())
+    known = task in names_in("s3pet_nb.data.task:TASKS")
+    return task if known or not Path(task).exists() else str(Path(task).absolute())
 
 # %% ../nbs/cli.ipynb #cli-run
 def run_one(study_name: str, out: Path, settings: list[str], task: str | None = None,
@@ -335,6 +334,10 @@ def study(
 ) -> None:
     "Run what a study has no result for; after Ctrl-C the same command goes on."
     asked = study_with(name, settings, data_dir)
+    from s3pet_nb.lab.study import check_questions
+
+    if not dry_run:
+        check_questions(asked.name, asked.questions(), "quick")  # before what is slow to import
     from s3pet_nb.lab.pool import Rules, plan
 
     rules = Rules(retries, max_failures=max_failures, time_limit=time_limit)

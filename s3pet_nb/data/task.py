@@ -37,7 +37,7 @@ from datasets import ClassLabel, Dataset
 from fastcore.basics import patch
 from pyarrow import compute as pc
 
-from ..core import Registry, UnknownName
+from ..core import Registry, check_task
 from .agreement import agreement_rows
 from .metric import METRICS
 from .rows import (SPLIT_NAMES, SPLIT_RULES, Splits, check_columns, check_texts, columns_of,
@@ -442,11 +442,5 @@ add("superglue/wsc", ("text",), FALSE_TRUE, config="wsc.fixed", prepare=marked_s
 # %% ../../nbs/data/03_task.ipynb #task-038
 def find_task(name: str) -> Task:
     "A row of `TASKS`, or `Task.of` a path that is there or of `hub:<dataset>`; else `UnknownName`."
-    if name in TASKS:
-        return TASKS[name]
-    if name and Path(name).exists() or name.removeprefix("hub:") != name and name != "hub:":
-        return Task.of(name)
-    unknown = UnknownName("task", name, TASKS)
-    unknown.args = (f"{unknown}; or give the path of a file or folder of your own, or hub: and the name of a "
-                    "dataset",)
-    raise unknown
+    check_task(name, TASKS)
+    return TASKS[name] if name in TASKS else Task.of(name)

@@ -155,9 +155,9 @@ def resolve(name_or_path: Template, given: Mapping) -> dict:  # every parameter 
 REFUSALS = ValueError, LookupError, OSError  # what a check raises with one sentence for a reader
 
 
-def check(name_or_path: Template, params: Mapping) -> None:
-    "Refuse those `params`, all of them resolved, that the template's own checks refuse, with their error."
-    of, source = template(name_or_path).name, "\n\n".join(_tagged(name_or_path, "checks"))
+def check(name_or_path: Template, params: Mapping, tag: str = "checks") -> None:
+    "Refuse those `params`, all of them resolved, that the template's cells with this tag refuse."
+    of, source = template(name_or_path).name, "\n\n".join(_tagged(name_or_path, tag))
     try:
         exec(compile(source, f"the checks of {of}", "exec"), {"__name__": "checks", RUN_FOLDER: "", **params})
     except (*REFUSALS, ImportError, RuntimeError):
@@ -415,13 +415,13 @@ def changed(self: Study, **given: object) -> Study:
     return replace(study, source=self.source, given=self.given | given)
 
 # %% ../../nbs/lab/02_study.ipynb #study-changed
-def check_questions(name: str, questions: Iterable[Question]) -> None:
-    "`Faults` of the study of this name with everything that the templates' checks refuse."
+def check_questions(name: str, questions: Iterable[Question], tag: str = "checks") -> None:
+    "`Faults` of the study of this name with everything that the templates' cells with this tag refuse."
     distinct = {}
     for question in questions:  # but for the seed; of equal ones the first
         distinct.setdefault(repr((question.template, question.params | {"seed": 0})), question)
     faults = [f"{question.method}: {fault}" if question.method else fault for question in distinct.values()
-              for fault in refusal(check, question.template, question.params)]
+              for fault in refusal(check, question.template, question.params, tag)]
     if faults:
         raise Faults(name, faults)
 

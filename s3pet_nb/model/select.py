@@ -57,7 +57,7 @@ def _drop(score: np.ndarray, n: np.ndarray, B: int) -> np.ndarray:
     return keep
 
 # %% ../../nbs/model/06_select.ipynb #select-n41
-METHODS: dict[str, Callable] = {"greedy": _greedy, "exact": _exact, "drop": _drop}
+METHODS = {"greedy": _greedy, "exact": _exact, "drop": _drop}
 
 
 def select(

@@ -1,4 +1,7 @@
 "What the templates refuse before a kernel starts, and what a template of one's own may refuse."
+import importlib
+import json
+import re
 import subprocess
 import sys
 
@@ -6,7 +9,7 @@ import pytest
 from templates import RESULT, write_template
 
 from s3pet_nb.lab.checks import blueprint_for, check_compared, check_least, read_structure
-from s3pet_nb.lab.study import Faults, Question, check, check_questions, resolve
+from s3pet_nb.lab.study import Faults, Question, check, check_questions, code_cells, resolve
 from s3pet_nb.learn.train import random_structure
 from s3pet_nb.model.backbone import blueprint, tiny
 from s3pet_nb.model.space import make_space
@@ -224,3 +227,52 @@ def test_checks_import_nothing_heavy_of_their_own():
             "print(sorted({'torch', 'transformers', 'datasets', 'plotly'} & (set(sys.modules) - core)))")
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
+
+
+QUICK = """\
+import json, sys
+from s3pet_nb.core import names_in
+from s3pet_nb.lab.study import check, refusal, resolve
+given, places = json.loads(sys.argv[1])
+said = [refusal(check, template, resolve(template, wrong)) for template, wrong in given]
+names = {place: names_in(place) for place in places}
+print(json.dumps([said, names, sorted({"torch", "transformers", "datasets", "sklearn"} & set(sys.modules))]))"""
+PLACES = sorted({place for template in ("search", "prune") for tags, source in code_cells(template)
+                 for place in re.findall(r'names_in\("(.+?)"\)', source)})
+MISSPELT = [("search", {"gate": "globall"}, "did you mean 'global'"),
+            ("search", {"task": "glue/rtee"}, "did you mean 'glue/rte'.*or give the path of a file"),
+            ("search", {"targets": ["glue/rtee"]}, "did you mean 'glue/rte'"),
+            *((template, {name: value}, f"unknown .*{word!r}; (did you mean|choose one of)")
+              for template in ("search", "prune")
+              for name, value, word in [("space", "mixx", "mixx"), ("protocol", "s3pett", "s3pett"),
+                                        ("form", "x", "x"), ("precision", "x", "x"),
+                                        ("baselines", ["x"], "x")]),
+            *(("search", {name: "x"}, "unknown .* 'x'; choose one of") for name in ("method", "order", "alphas")),
+            *(("prune", {name: "x"}, "unknown .* 'x'; choose one of") for name in ("criterion", "granularity"))]
+
+
+def test_a_misspelt_name_is_refused_before_torch_is_loaded():
+    "The names that are read from the sources are also those of the imported modules."
+    given = [(template, wrong) for template, wrong, _ in MISSPELT], PLACES
+    shown = subprocess.run([sys.executable, "-c", QUICK, json.dumps(given)], capture_output=True, text=True,
+                           check=True).stdout
+    said, names, heavy = json.loads(shown)
+    assert heavy == []
+    for (template, wrong, sentence), refused in zip(MISSPELT, said, strict=True):
+        assert len(refused) == 1 and re.search(sentence, refused[0]), (template, wrong, refused)
+    assert len(PLACES) >= 12
+    for place in PLACES:
+        module, _, name = place.partition(":")
+        assert sorted(names[place]) == sorted(getattr(importlib.import_module(module), name)), place
+
+
+def test_a_study_with_a_misspelt_name_is_refused_before_torch_is_loaded(tmp_path):
+    "Also where only its last run has it."
+    file = tmp_path / "wrong.yml"
+    file.write_text("template: search\ngrid: {gate: [global, globall]}\n")
+    code = ("import sys\nfrom s3pet_nb.cli import main\ntry:\n    main()\nfinally:\n"
+            "    print(sorted({'torch', 'papermill', 'pandas', 'transformers', 'datasets'} & set(sys.modules)))")
+    shown = subprocess.run([sys.executable, "-c", code, "study", str(file), "--out", str(tmp_path / "reports")],
+                           capture_output=True, text=True)
+    assert shown.returncode == 1 and shown.stdout.strip() == "[]"
+    assert "unknown gate 'globall'; did you mean 'global'" in shown.stderr

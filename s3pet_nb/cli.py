@@ -334,10 +334,10 @@ def study(
 ) -> None:
     "Run what a study has no result for; after Ctrl-C the same command goes on."
     asked = study_with(name, settings, data_dir)
-    from s3pet_nb.lab.study import check_questions
+    from s3pet_nb.lab.study import check_quickly
 
     if not dry_run:
-        check_questions(asked.name, asked.questions(), "quick")  # before what is slow to import
+        check_quickly(asked.name, asked.questions())  # before what is slow to import
     from s3pet_nb.lab.pool import Rules, plan
 
     rules = Rules(retries, max_failures=max_failures, time_limit=time_limit)

@@ -21,7 +21,7 @@ What this module does not do: it starts no kernel, and does not know what a temp
 # %% auto #0
 __all__ = ['PACKAGE', 'SHIPPED', 'Template', 'RUN_FOLDER', 'REFUSALS', 'DATA_DIR', 'NOTES', 'KINDS', 'PART', 'WORDS', 'VIEWS',
            'STATISTICS', 'shipped', 'template', 'code_cells', 'parameters', 'resolve', 'check', 'Question', 'expand',
-           'merged', 'Study', 'Faults', 'refusal', 'checked', 'check_questions', 'study']
+           'merged', 'Study', 'Faults', 'refusal', 'checked', 'check_questions', 'check_quickly', 'study']
 
 # %% ../../nbs/lab/02_study.ipynb #study-003
 import ast
@@ -415,15 +415,27 @@ def changed(self: Study, **given: object) -> Study:
     return replace(study, source=self.source, given=self.given | given)
 
 # %% ../../nbs/lab/02_study.ipynb #study-changed
-def check_questions(name: str, questions: Iterable[Question], tag: str = "checks") -> None:
-    "`Faults` of the study of this name with everything that the templates' cells with this tag refuse."
+def _refused(questions: Iterable[Question], tag: str) -> list[list[str]]:
+    "What the templates' cells with this tag refuse of each question."
     distinct = {}
     for question in questions:  # but for the seed; of equal ones the first
         distinct.setdefault(repr((question.template, question.params | {"seed": 0})), question)
-    faults = [f"{question.method}: {fault}" if question.method else fault for question in distinct.values()
-              for fault in refusal(check, question.template, question.params, tag)]
-    if faults:
+    return [[f"{question.method}: {fault}" if question.method else fault
+             for fault in refusal(check, question.template, question.params, tag)]
+            for question in distinct.values()]
+
+
+def check_questions(name: str, questions: Iterable[Question]) -> None:
+    "`Faults` of the study of this name with everything that the templates' checks refuse."
+    if faults := list(itertools.chain(*_refused(questions, "checks"))):
         raise Faults(name, faults)
+
+
+def check_quickly(name: str, questions: Iterable[Question]) -> None:
+    "`Faults` if every question is refused by the checks tagged `quick`; where one is not, all are asked more."
+    each = _refused(questions, "quick")
+    if each and all(each):
+        raise Faults(name, itertools.chain(*each))
 
 # %% ../../nbs/lab/02_study.ipynb #study-027
 class _Once(yaml.SafeLoader):

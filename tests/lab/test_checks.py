@@ -267,9 +267,8 @@ def test_a_misspelt_name_is_refused_before_torch_is_loaded():
 
 
 def test_a_study_with_a_misspelt_name_is_refused_before_torch_is_loaded(tmp_path):
-    "Also where only its last run has it."
     file = tmp_path / "wrong.yml"
-    file.write_text("template: search\ngrid: {gate: [global, globall]}\n")
+    file.write_text("template: search\nparams: {gate: globall}\nseeds: [0, 1]\n")
     code = ("import sys\nfrom s3pet_nb.cli import main\ntry:\n    main()\nfinally:\n"
             "    print(sorted({'torch', 'papermill', 'pandas', 'transformers', 'datasets'} & set(sys.modules)))")
     shown = subprocess.run([sys.executable, "-c", code, "study", str(file), "--out", str(tmp_path / "reports")],

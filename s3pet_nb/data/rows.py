@@ -34,7 +34,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, load_dataset
-from fastcore.basics import patch
 from huggingface_hub import HfApi, is_offline_mode
 from pyarrow import compute as pc
 from pyarrow import csv, parquet
@@ -355,6 +354,15 @@ class Splits:
         return {name: int(np.isin(content(rows, key), known).sum())
                 for name, rows in self.items() if name != "train"}
 
+    def head(self,
+             n_train: int | None = None,  # training rows to keep; all if None
+             n_eval: int | None = None,  # rows to keep of every other split; all if None
+             ) -> "Splits":
+        "The first rows of every split; a split that has fewer keeps them all."
+        limits = {name: n_train if name == "train" else n_eval for name in self.sizes}
+        return splits_of({name: rows if limits[name] is None else rows.take(min(len(rows), limits[name]))
+                          for name, rows in self.items()}, self.key)
+
     def __repr__(self) -> str:
         return f"Splits({', '.join(f'{name}: {n:,}' for name, n in self.sizes.items())})"
 
@@ -363,17 +371,6 @@ def splits_of(parts: Mapping[str, Dataset], key: Sequence[str]) -> Splits:
     "Splits from their names and rows; what is not train, validation or test is a further test split."
     further = {name: rows for name, rows in parts.items() if name not in ("train", "validation", "test")}
     return Splits(parts["train"], parts["validation"], parts["test"], further, tuple(key))
-
-
-@patch
-def head(self: Splits,
-         n_train: int | None = None,  # training rows to keep; all if None
-         n_eval: int | None = None,  # rows to keep of every other split; all if None
-         ) -> Splits:
-    "The first rows of every split; a split that has fewer keeps them all."
-    limits = {name: n_train if name == "train" else n_eval for name in self.sizes}
-    return splits_of({name: rows if limits[name] is None else rows.take(min(len(rows), limits[name]))
-                      for name, rows in self.items()}, self.key)
 
 # %% ../../nbs/data/01_rows.ipynb #rows-029
 Parts = tuple[Dataset, Dataset, Dataset]  # training, validation and test rows

@@ -208,15 +208,9 @@ class Log(Protocol):
 
 # %% ../../nbs/learn/00_learner.ipynb #learner-n01
 class Records(list):
-    "A log in memory."
+    "A log in memory; each method is that of a `Log`."
 
-    def log(self, record: dict) -> None:
-        "Append one record."
-        self.append(record)
-
-    def mark(self) -> int:
-        "The present end of the log; all before it is kept."
-        return len(self)
+    log, mark = list.append, list.__len__
 
     def rewind(self, mark: int) -> None:
         "Drop what came after `mark`."
@@ -351,21 +345,19 @@ class Checkpoint:
             mark = None if learner.records is None else learner.records.mark()
             save_state(self.path, {"mark": mark, "learner": learner.state_dict()})
 
-# %% ../../nbs/learn/00_learner.ipynb #learner-resume
-@patch
-def resume(self: Checkpoint, learner: Learner) -> None:
-    "Go on from the file, or write a first one; `ValueError` if it belongs to another run."
-    fresh = not self.path.exists()
-    PartialState().wait_for_everyone()
-    if fresh:
-        return self.save(learner)
-    saved = load_state(self.path)
-    try:
-        learner.load_state_dict(saved["learner"])
-    except ValueError as wrong:
-        raise ValueError(f"{self.path} is of another run: {wrong}; remove it to start over") from wrong
-    if learner.records is not None and saved["mark"] is not None and not learner.over:
-        learner.records.rewind(saved["mark"])
+    def resume(self, learner: Learner) -> None:
+        "Go on from the file, or write a first one; `ValueError` if it belongs to another run."
+        fresh = not self.path.exists()
+        PartialState().wait_for_everyone()
+        if fresh:
+            return self.save(learner)
+        saved = load_state(self.path)
+        try:
+            learner.load_state_dict(saved["learner"])
+        except ValueError as wrong:
+            raise ValueError(f"{self.path} is of another run: {wrong}; remove it to start over") from wrong
+        if learner.records is not None and saved["mark"] is not None and not learner.over:
+            learner.records.rewind(saved["mark"])
 
 # %% ../../nbs/learn/00_learner.ipynb #learner-029
 class Progress(Callback):

@@ -241,18 +241,16 @@ class EarlyStop(Callback):
         if learner.step % max(1, learner.n_steps // self.checks) == 0 and not learner.over:
             self.look(learner)
 
-# %% ../../nbs/learn/04_search.ipynb #search-look
-@patch
-def look(self: EarlyStop, learner: Learner) -> None:
-    "Compare the set that would be chosen now with those before; stop where it is like all of them."
-    now = learner.take_step.chosen()
-    likeness = [jaccard(now, before) for before in self.sets]
-    self.sets = [*self.sets, now][-self.rounds:]
-    settled = len(likeness) == self.rounds and min(likeness) >= self.similar
-    if settled and learner.step >= self.floor * learner.n_steps:
-        learner.stop = True
-        learner.log("early_stop", steps=learner.n_steps, jaccard=likeness,
-                    saved=1 - learner.step / learner.n_steps)
+    def look(self, learner: Learner) -> None:
+        "Compare the set that would be chosen now with those before; stop where it is like all of them."
+        now = learner.take_step.chosen()
+        likeness = [jaccard(now, before) for before in self.sets]
+        self.sets = [*self.sets, now][-self.rounds:]
+        settled = len(likeness) == self.rounds and min(likeness) >= self.similar
+        if settled and learner.step >= self.floor * learner.n_steps:
+            learner.stop = True
+            learner.log("early_stop", steps=learner.n_steps, jaccard=likeness,
+                        saved=1 - learner.step / learner.n_steps)
 
 # %% ../../nbs/learn/04_search.ipynb #search-014
 ALPHAS = ("best", "last", "mean")

@@ -16,8 +16,6 @@ What this module does not do: it knows neither models nor modules, only vectors 
 __all__ = ['METHODS', 'select', 'gap']
 
 # %% ../../nbs/model/06_select.ipynb #select-n29
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp

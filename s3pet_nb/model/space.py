@@ -140,24 +140,22 @@ class Candidate:
         "The whole module, its weights drawn with torch's own seed."
         return PET_MODULES[self.module](self.position, **self.settings)
 
+    def make(self, seed: int) -> PETModule:
+        "The module with its initial weights, which the seed and the name decide; sets torch's own seed."
+        digest = blake2b(f"{seed}:{self.name}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest))
+        whole = self.whole()
+        if not self.bits:
+            return whole
+        return whole.pruned({name: unpack(self.bits[name], weight.shape)
+                             for name, weight in whole.named_parameters()})
+
 # %% ../../nbs/model/05_space.ipynb #space-n01
 @patch(as_prop=True)
 def shapes(self: Candidate) -> dict[str, torch.Size]:
     "Of the whole module's weights, by name; takes no memory."
     with torch.device("meta"):
         return {name: weight.shape for name, weight in self.whole().named_parameters()}
-
-
-@patch
-def make(self: Candidate, seed: int) -> PETModule:
-    "The module with its initial weights, which the seed and the name decide; sets torch's own seed."
-    digest = blake2b(f"{seed}:{self.name}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest))
-    whole = self.whole()
-    if not self.bits:
-        return whole
-    return whole.pruned({name: unpack(self.bits[name], weight.shape)
-                         for name, weight in whole.named_parameters()})
 
 # %% ../../nbs/model/05_space.ipynb #space-017
 @dataclass(frozen=True, repr=False)

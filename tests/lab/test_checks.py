@@ -9,7 +9,8 @@ import pytest
 from templates import RESULT, write_template
 
 from s3pet_nb.lab.checks import blueprint_for, check_compared, check_least, read_structure
-from s3pet_nb.lab.study import Faults, Question, check, check_questions, code_cells, resolve
+from s3pet_nb.lab.study import (Faults, Question, check, check_questions, check_quickly, code_cells,
+                                resolve)
 from s3pet_nb.learn.train import random_structure
 from s3pet_nb.model.backbone import blueprint, tiny
 from s3pet_nb.model.space import make_space
@@ -275,3 +276,12 @@ def test_a_study_with_a_misspelt_name_is_refused_before_torch_is_loaded(tmp_path
                            capture_output=True, text=True)
     assert shown.returncode == 1 and shown.stdout.strip() == "[]"
     assert "unknown gate 'globall'; did you mean 'global'" in shown.stderr
+
+
+def test_a_study_is_refused_quickly_only_if_nothing_is_left_to_check():
+    wrong, other, fine = (Question.of("search", {"gate": gate}) for gate in ("globall", "lokal", "local"))
+    with pytest.raises(Faults) as refused:
+        check_quickly("mine", [wrong, other])
+    assert len(refused.value.each) == 2 and "'globall'" in refused.value.each[0]
+    check_quickly("mine", [wrong, fine])
+    check_quickly("mine", [])

@@ -302,25 +302,20 @@ class Sparse(PETModule):
     def forward(self, h_in: Tensor | None, h_out: Tensor | None, z: Tensor) -> Tensor:
         return torch.func.functional_call(self._whole, self._filled(), (h_in, h_out, z))
 
-# %% ../../nbs/model/01_pet.ipynb #pet-n09
-@patch
-def _filled(self: Sparse) -> dict[str, Tensor]:
-    "The weights of the whole module, by name."
-    weights = {}
-    for i, (name, kept) in enumerate(self.named_parameters()):
-        shape = self._shapes[name]
-        full = kept.new_zeros(shape.numel()).scatter(0, getattr(self, f"_index_{i}"), kept)
-        weights[name] = full.view(shape)
-    return weights
+    def _filled(self) -> dict[str, Tensor]:
+        "The weights of the whole module, by name."
+        weights = {}
+        for i, (name, kept) in enumerate(self.named_parameters()):
+            full = kept.new_zeros(self._shapes[name].numel())
+            weights[name] = full.scatter(0, getattr(self, f"_index_{i}"), kept).view(self._shapes[name])
+        return weights
 
-
-@patch
-def dense(self: Sparse) -> PETModule:
-    "The whole module, with zeros in the places that are not kept."
-    whole = copy.deepcopy(self._whole)
-    for name, weight in self._filled().items():
-        _put(whole, name, nn.Parameter(weight.detach()))
-    return whole
+    def dense(self) -> PETModule:
+        "The whole module, with zeros in the places that are not kept."
+        whole = copy.deepcopy(self._whole)
+        for name, weight in self._filled().items():
+            _put(whole, name, nn.Parameter(weight.detach()))
+        return whole
 
 # %% ../../nbs/model/01_pet.ipynb #pet-n07
 @patch

@@ -194,22 +194,20 @@ class SearchSpace:
     def _repr_html_(self) -> str:
         return table(self.summary().reset_index(), caption=repr(self))
 
+    def summary(self) -> pd.DataFrame:
+        "Candidates and parameters per type of module, and in all."
+        frame = pd.DataFrame({"module": [candidate.module for candidate in self.candidates],
+                              "parameters": self.n.tolist()})
+        frame = frame.groupby("module", sort=False).parameters.agg(candidates="count", parameters="sum")
+        frame.loc["all"] = frame.sum()
+        return frame
+
 # %% ../../nbs/model/05_space.ipynb #space-n03
 @patch(as_prop=True)
 def digest(self: SearchSpace) -> str:
     "Twelve hexadecimal digits for the modules and the entries of them that there are."
     content = [(c.name, c.n, sorted(c.bits.items())) for c in self.candidates]
     return blake2b(repr(content).encode(), digest_size=6).hexdigest()
-
-
-@patch
-def summary(self: SearchSpace) -> pd.DataFrame:
-    "Candidates and parameters per type of module, and in all."
-    frame = pd.DataFrame({"module": [candidate.module for candidate in self.candidates],
-                          "parameters": self.n.tolist()})
-    frame = frame.groupby("module", sort=False).parameters.agg(candidates="count", parameters="sum")
-    frame.loc["all"] = frame.sum()
-    return frame
 
 # %% ../../nbs/model/05_space.ipynb #space-019
 def check_rules(rules: Iterable[Rule]) -> None:

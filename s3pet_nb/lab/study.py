@@ -432,7 +432,7 @@ def check_questions(name: str, questions: Iterable[Question]) -> None:
 
 
 def check_quickly(name: str, questions: Iterable[Question]) -> None:
-    "`Faults` if every question is refused by the checks tagged `quick`; where one is not, all are asked more."
+    "`Faults` if the checks tagged `quick` refuse every question; where one passes, nothing is refused."
     each = _refused(questions, "quick")
     if each and all(each):
         raise Faults(name, itertools.chain(*each))

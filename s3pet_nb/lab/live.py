@@ -38,7 +38,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial, partialmethod
-from importlib.resources import files
 from pathlib import Path
 
 import anywidget
@@ -59,6 +58,7 @@ from .log import Tail, Thinned, duration, find_run
 from .plot import (BLUE, GREEN, LAB_STYLE, ORANGE, PINK, draw_p, lay_out, p_frame, p_title,
                                p_traces, plain_figure)
 from .store import Run, faults, write_json
+from .study import asset
 from ..learn.learner import Callback, Learner
 from ..model.gate import Gate, gate_of
 from ..model.structure import jaccard, select
@@ -351,7 +351,7 @@ def rest(
 class LiveFigures(anywidget.AnyWidget):
     "Plotly figures in a cell, one below the other."
 
-    _esm = (files("s3pet_nb.lab") / "assets" / "live.js").read_text(encoding="utf-8")
+    _esm = asset("live.js")
     source = traitlets.Unicode().tag(sync=True)  # of plotly.js
     figures = traitlets.List().tag(sync=True)  # of `plain_figure`
 

@@ -36,7 +36,6 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -50,13 +49,13 @@ from nbconvert.filters import strip_ansi
 from nbconvert.preprocessors import TagRemovePreprocessor
 from plotly.offline import get_plotlyjs
 
-from ..core import Html, table, write_text
-from .plot import CLEAR, LAB_STYLE, LEVEL, MISSING, value_text
+from ..core import Html, number_text, table, write_text
+from .plot import CLEAR, LAB_STYLE, LEVEL, value_text
 from .results import (Outcome, best_of, grid_columns, is_sound, progress_text, run_scores,
                                   runs_frame, wide)
 from .run import ThisPython, literal
-from .store import Run, home, read_json, run_folders, structure_kind, write_json
-from .study import DATA_DIR, Study, resolve, template
+from .store import Run, home, read_json, run_folders, structure_kind
+from .study import DATA_DIR, Study, resolve, save_study, template
 from .study import study as read_study
 
 # %% ../../nbs/lab/09_page.ipynb #report-008
@@ -350,7 +349,7 @@ def transfer_table(
 ) -> Html:
     "Scores times 100; the best of each target is bold, trainings of all weights aside."
     targets = list(frame.columns[frame.columns.get_loc("source") + 1:])
-    texts = frame[targets].map(lambda score: MISSING if pd.isna(score) else f"{100 * score:.1f}")
+    texts = (100 * frame[targets].astype(float)).map(number_text, form=".1f")
     bold = {target: best_of(texts[target], frame.row != LEVEL) for target in targets}
     return table(frame.drop(columns=targets).join(texts), bold=bold)
 
@@ -396,8 +395,7 @@ def compared(
 ) -> nbformat.NotebookNode:
     "The template `compare`, executed over the runs of a study by a kernel with this Python."
     folder = Path(root) / study.name
-    ids = [question.id for question in study.questions()]
-    write_json(folder / "study.json", asdict(study) | {"ids": ids})
+    save_study(study, folder)
     notebook = chosen_cells(nbformat.read(template("compare"), as_version=4), views)
     with suppress(papermill.PapermillExecutionError):  # the page says it where it happened
         papermill.execute_notebook(

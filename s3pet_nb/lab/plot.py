@@ -30,7 +30,7 @@ a run goes on."""
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'STYLES', 'INK', 'GRID', 'TEMPLATE', 'LAB_STYLE', 'CLEAR', 'Log',
            'P_COLUMNS', 'MODULE_LABELS', 'P_SCALE', 'DASHED', 'RIGHT', 'HALVES', 'ROUND', 'DASHES', 'RING', 'SYMBOLS',
-           'DOT', 'MISSING', 'SEARCHED', 'LEVEL', 'as_text', 'lay_out', 'legend_below', 'name_ticks', 'phase_lines',
+           'DOT', 'SEARCHED', 'LEVEL', 'as_text', 'lay_out', 'legend_below', 'name_ticks', 'phase_lines',
            'plain_figure', 'events', 'p_frame', 'p_grid', 'p_title', 'p_traces', 'draw_p', 'plot_p', 'mean_p_frame',
            'draw_mean_p', 'plot_mean_p', 'share_frame', 'draw_share', 'plot_share', 'draw_mean', 'steps_frame',
            'budget_frame', 'plot_budget', 'mixed_frame', 'plot_mixed', 'loss_frame', 'plot_loss', 'score_frame',
@@ -54,7 +54,9 @@ import plotly.graph_objects as go
 from plotly.basedatatypes import BaseTraceType
 from plotly.subplots import make_subplots
 
+from ..core import MISSING
 from .store import Run, structure_kind
+from .study import asset
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-010
 BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A9099"
@@ -70,14 +72,7 @@ TEMPLATE = go.layout.Template(layout=dict(
     legend=dict(orientation="h", x=0, xanchor="left", y=1, yanchor="bottom", yref="paper")))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-010b
-LAB_STYLE = """<style>
-.s3pet-lab .main-svg text:not(.heatmap-label text, .hoverlayer text) {
-  fill: var(--jp-content-font-color1, #24292f) !important; }
-.s3pet-lab .gridlayer path { stroke: var(--jp-border-color2, #e6e8eb) !important; }
-.s3pet-lab path[style*="rgb(36, 41, 47)"] { stroke: var(--jp-content-font-color1, #24292f) !important; }
-.s3pet-lab path[style*="rgb(255, 255, 255)"] { stroke: var(--jp-layout-color0, #fff) !important; }
-.s3pet-lab .s3pet-status { font-variant-numeric: tabular-nums; }
-</style>"""  # figures in a box of class s3pet-lab follow the theme of JupyterLab
+LAB_STYLE = asset("figures.html")  # figures in a box of class s3pet-lab follow the theme of JupyterLab
 CLEAR = dict(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")  # layout of such a figure
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-010c
@@ -193,11 +188,11 @@ def p_frame(
     log: Log,  # of records, the space and one of gates are enough
     step: int | None = None,  # one at which gates were logged, else `ValueError`
     B: int | None = None,  # another budget, a count
-    structure: Mapping | None = None,  # what structure.json holds and so what is selected; of a run its own
     method: str = "greedy",  # of `select`, where what is selected is computed
 ) -> pd.DataFrame:  # `P_COLUMNS`
     """One row per candidate, in the order of the space; `layer` is missing outside the layers.
 
+    Selected is what the structure of a run keeps; of records, and under another budget, what `select` takes.
     attrs: the step, the budget, the record of the gate if there is one, and for a run its id.
     """
     spaces, gates = events(log, "space", "gates")
@@ -205,9 +200,7 @@ def p_frame(
     n, budget = [entry["n"] for entry in space], B or spaces[0].get("budget")
     p = pd.Series(gates["p"] if B is None else _under(gates, n, B), dtype=float)
     if B is None and isinstance(log, Run):
-        structure = log.structure or {"modules": []}
-    if B is None and structure is not None:
-        kept = {_place(module) for module in structure["modules"]}
+        kept = {_place(module) for module in (log.structure or {"modules": []})["modules"]}
         selected = [_place(entry) in kept for entry in space]
     else:
         selected = _selected(p, n, budget, method)
@@ -386,13 +379,12 @@ def _check_one_budget(budgets: Iterable[int]) -> None:
 # %% ../../nbs/lab/07_plot.ipynb #plot-026b
 def mean_p_frame(
     runs: Sequence[Run | pd.DataFrame],  # or their frames, as of `p_frame`; at least one, else `ValueError`
-    step: int | None = None,  # as in `p_frame`; None: each run's own
 ) -> pd.DataFrame:  # stack, layer, role, kind, module, name, n, p, low, high, selected, runs; attrs["runs"]
     """One row per candidate: mean, lowest and highest p, and how many of the runs selected it.
 
     `ValueError` for runs of different candidates or budgets.
     """
-    frames = [p_frame(run, step) if isinstance(run, Run) else run for run in runs]
+    frames = [p_frame(run) if isinstance(run, Run) else run for run in runs]
     _check_same_space([f"run {frame.attrs['run']}" for frame in frames],
                       [zip(frame.name, frame.n) for frame in frames])
     _check_one_budget(frame.attrs["budget"] for frame in frames if frame.attrs["budget"])
@@ -418,10 +410,9 @@ def draw_mean_p(
 
 def plot_mean_p(
     runs: Sequence[Run],  # of one space and one budget
-    step: int | None = None,  # as in `mean_p_frame`
 ) -> go.Figure:
     "The heatmap of mean p over several runs."
-    return draw_mean_p(mean_p_frame(runs, step))
+    return draw_mean_p(mean_p_frame(runs))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-030
 def _result(source: Run | Mapping) -> Mapping:
@@ -782,9 +773,6 @@ def plot_budgets(
                    yaxis2=dict(title_text="modules", rangemode="tozero", **RIGHT))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-071
-MISSING = "–"
-
-
 def value_text(
     value: object,  # of a parameter
 ) -> str:

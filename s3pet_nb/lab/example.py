@@ -111,7 +111,7 @@ def example_run(
     _log_search(run, seed, budget)
     _log_trainings(run)
     structure = _structure(task, seed, budget)
-    write_json(run.folder / "structure.json", structure | {"task": task})
+    write_json(run.folder / "structure.json", structure)
     sizes = {"searched": sum(module["n"] for module in structure["modules"]), "lora-everywhere": 128}
     rows = [{"label": label, "structure": label, "modules": 3, "n_params": sizes.get(label, budget - 2),
              "validation": score, "test": score - 0.02 + 0.01 * math.sin(seed * k),

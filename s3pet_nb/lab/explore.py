@@ -49,7 +49,7 @@ from fastcore.basics import patch
 
 from ..core import Html, UnknownName, table
 from .live import BudgetSlider, LiveFigures
-from .plot import (INK, LAB_STYLE, as_text, comparison_frame, draw_matrix, draw_mean_p, draw_p,
+from .plot import (DASHED, LAB_STYLE, as_text, comparison_frame, draw_matrix, draw_mean_p, draw_p,
                                draw_share, draw_sweep, mean_p_frame, p_frame, plain_figure, plot_sizes,
                                row_lines, share_frame)
 from .results import summary
@@ -228,15 +228,14 @@ class Learned:
         return (f"The structure of the run is another set than p at step {step:,} selects: it is of other "
                 "alphas, such as a mean, or of another step.")
 
-# %% ../../nbs/lab/13_explore.ipynb #explore-n25
-@patch(cls_method=True)
-def of(cls: Learned, run: Run) -> Learned:
-    "Read a run's log; `ValueError` for a log without numbers to compute another budget from."
-    learned = cls(whole_p_frame(run), run.params.get("method", "greedy"))
-    if not np.allclose(learned.under(learned.budget).p, learned.frame.p, atol=1e-6):
-        raise ValueError(f"the p that run {run.study}/{run.id} logged is not what its gate gives under "
-                         f"its budget of {learned.budget:,}, so none can be computed for another one")
-    return learned
+    @classmethod
+    def of(cls, run: Run) -> "Learned":
+        "Read a run's log; `ValueError` for a log without numbers to compute another budget from."
+        learned = cls(whole_p_frame(run), run.params.get("method", "greedy"))
+        if not np.allclose(learned.under(learned.budget).p, learned.frame.p, atol=1e-6):
+            raise ValueError(f"the p that run {run.study}/{run.id} logged is not what its gate gives under "
+                             f"its budget of {learned.budget:,}, so none can be computed for another one")
+        return learned
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-022
 def margin(
@@ -296,7 +295,7 @@ def plot_trained(
 ) -> go.Figure:
     "Test score of each trained structure against its size, with a line at a budget."
     figure = plot_sizes(run)
-    return figure if B is None else figure.add_vline(B, line=dict(color=INK, width=1.5, dash="dash"))
+    return figure if B is None else figure.add_vline(B, line=DASHED)
 
 
 def _unscored(run: Run, split: str = "test") -> list[str]:

@@ -123,9 +123,7 @@ def example_run(
     return run
 
 # %% ../../nbs/lab/03_example.ipynb #example-016
-def example_study(
-    root: str | os.PathLike,  # folder of all studies
-) -> Study:
+def example_study(root: str | os.PathLike) -> Study:  # root: folder of all studies
     "Write eight runs, and give back the study that they are of."
     tasks, budgets, seeds = ["agreement", "agreement-2"], [50, 80], [0, 1]
     runs = [example_run(root, task, seed, budget) for seed in seeds for task in tasks for budget in budgets]

@@ -270,9 +270,7 @@ def margin_text(learned: Learned, B: int) -> str:
     return " ".join(words)
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-024
-def plot_under(
-    frame: pd.DataFrame,  # of `Learned.under`
-) -> go.Figure:
+def plot_under(frame: pd.DataFrame) -> go.Figure:  # frame of `Learned.under`
     "The heatmap of p, and outlined the set that a budget pays for."
     count, B, step = frame.selected.sum(), frame.attrs["budget"], frame.attrs["step"]
     return draw_p(frame).update_layout(
@@ -337,9 +335,7 @@ def places_frame(structures: Mapping[str, Structure]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-028
-def plot_jaccard(
-    frame: pd.DataFrame,  # of `jaccard_frame`
-) -> go.Figure:
+def plot_jaccard(frame: pd.DataFrame) -> go.Figure:  # frame of `jaccard_frame`
     "The matrix of indices, from 0 for nothing in common to 1 for the same."
     hover = [[f"{as_text(one)}<br>{as_text(other)}<br>Jaccard index {value:.3f}"
               for other, value in row.items()] for one, row in frame.iterrows()]
@@ -349,9 +345,7 @@ def plot_jaccard(
                        colorbar=dict(thickness=14, title=dict(text="Jaccard index", side="right")))
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-n13
-def plot_places(
-    frame: pd.DataFrame,  # of `places_frame`
-) -> go.Figure:
+def plot_places(frame: pd.DataFrame) -> go.Figure:  # frame of `places_frame`
     "A mark for each module that a structure keeps; its colour says how many of the structures do."
     shares = frame.iloc[:, frame.columns.get_loc("kept_by") + 1:]
     count, kept = len(shares.columns), shares.to_numpy()

@@ -220,9 +220,7 @@ def missing(self: Watched) -> list[str]:
     return sentences
 
 # %% ../../nbs/lab/12_live.ipynb #live-018
-def points(
-    frames: dict[str, pd.DataFrame],  # of `Watched.frames`
-) -> list[dict]:
+def points(frames: dict[str, pd.DataFrame]) -> list[dict]:  # frames of `Watched.frames`
     "x and y of every curve."
     drawn = [(frames[frame].dropna(subset=["step", column]), column) for _, _, _, frame, column, *_ in CURVES]
     return [{"x": frame.step.tolist(), "y": frame[column].tolist()} for frame, column in drawn]
@@ -238,9 +236,7 @@ AXES = {  # title of each panel, its left axis and its right one
 }
 
 
-def plot_curves(
-    frames: dict[str, pd.DataFrame],  # of `Watched.frames`
-) -> go.Figure:
+def plot_curves(frames: dict[str, pd.DataFrame]) -> go.Figure:  # frames of `Watched.frames`
     "Budget, losses, chosen set and second-order term over the steps, in four panels."
     figure = make_subplots(2, 2, specs=[[{"secondary_y": True}] * 2] * 2, horizontal_spacing=0.16,
                            vertical_spacing=0.22, subplot_titles=[title for title, *_ in AXES.values()])

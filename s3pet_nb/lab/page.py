@@ -171,9 +171,7 @@ def study_command(
     return shlex.join(words + ["--out", str(root)] * elsewhere)
 
 # %% ../../nbs/lab/09_page.ipynb #report-019
-def stopped_early(
-    result: Mapping,  # what result.json holds
-) -> str | None:
+def stopped_early(result: Mapping) -> str | None:  # result: what result.json holds
     "When a search stopped because its set no longer changed, and what that saved; None if it did not."
     search = result.get("search") or {}
     early = search.get("early_stop")
@@ -181,9 +179,7 @@ def stopped_early(
                       f"{early['saved']:.0%} of the search saved")
 
 
-def stopped_by_hand(
-    result: Mapping,  # what result.json holds
-) -> str | None:
+def stopped_by_hand(result: Mapping) -> str | None:  # result: what result.json holds
     "Which searches and trainings somebody stopped, and where; None if nobody did."
     return ", ".join(f"{stop['phase']} after {stop['step']:,} of {stop['steps']:,} steps"
                      for stop in result.get("stopped") or []) or None
@@ -344,9 +340,7 @@ def score_table(outcome: Outcome) -> Html:
     return table(shown, bold=bold, parted=shown.columns[1:points + 1])
 
 
-def transfer_table(
-    frame: pd.DataFrame,  # of `results.transfer`
-) -> Html:
+def transfer_table(frame: pd.DataFrame) -> Html:  # frame of `results.transfer`
     "Scores times 100; the best of each target is bold, trainings of all weights aside."
     targets = list(frame.columns[frame.columns.get_loc("source") + 1:])
     texts = (100 * frame[targets].astype(float)).map(number_text, form=".1f")
@@ -426,9 +420,7 @@ def study_report(
                 files=["compare.ipynb"], foot="Scores are on the test rows. Beside this page")
 
 # %% ../../nbs/lab/09_page.ipynb #report-031
-def score_texts(
-    result: Mapping,  # what result.json holds
-) -> dict[str, str]:
+def score_texts(result: Mapping) -> dict[str, str]:  # result: what result.json holds
     "Test score of each kind of structure; for several of a kind their mean, range and number."
     rows = pd.DataFrame((is_sound(result) and result.get("rows")) or [], columns=["label", "test"])
     texts = {}
@@ -438,9 +430,7 @@ def score_texts(
     return texts
 
 # %% ../../nbs/lab/09_page.ipynb #report-031b
-def index_frame(
-    root: str | os.PathLike,  # folder of all studies
-) -> pd.DataFrame:
+def index_frame(root: str | os.PathLike) -> pd.DataFrame:  # root: folder of all studies
     "One row per run that has a page: study, run, what was asked for, test scores by kind of structure, page."
     rows = []
     for run in run_folders(root):

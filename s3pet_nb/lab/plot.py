@@ -323,25 +323,19 @@ def _p_cells(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(value=frame.p, hover=hover, outlined=frame.selected)
 
 
-def p_title(
-    frame: pd.DataFrame,  # of `p_frame`
-) -> str:
+def p_title(frame: pd.DataFrame) -> str:  # frame of `p_frame`
     "What the heatmap of p is called."
     return (f"Activation probability p at step {frame.attrs['step']}, "
             f"{frame.selected.sum()} modules selected")
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-023d
-def p_traces(
-    frame: pd.DataFrame,  # of `p_frame`
-) -> list[BaseTraceType]:
+def p_traces(frame: pd.DataFrame) -> list[BaseTraceType]:  # frame of `p_frame`
     "What the heatmap of p is made of: enough to bring a figure that is shown up to date."
     panels = _stacks(_p_cells(frame), P_SCALE["cell"], P_SCALE["outline"])
     return [trace for *_, traces in panels for trace in traces]
 
 
-def draw_p(
-    frame: pd.DataFrame,  # of `p_frame`
-) -> go.Figure:
+def draw_p(frame: pd.DataFrame) -> go.Figure:  # frame of `p_frame`
     "Heatmap of p: layers by positions and module types, a panel for each stack, selected modules outlined."
     return _draw(_p_cells(frame), p_title(frame), **P_SCALE)
 
@@ -397,9 +391,7 @@ def mean_p_frame(
     return mean
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-026c
-def draw_mean_p(
-    frame: pd.DataFrame,  # of `mean_p_frame`
-) -> go.Figure:
+def draw_mean_p(frame: pd.DataFrame) -> go.Figure:  # frame of `mean_p_frame`
     "Heatmap of mean p over several runs; what more than half of them selected is outlined."
     hover = [f"<b>{as_text(row.name)}</b><br>n = {row.n:,}<br>mean p = {row.p:.4f}, from {row.low:.4f} to "
              f"{row.high:.4f}<br>selected in {row.runs}" for row in frame.itertuples(index=False)]
@@ -408,9 +400,7 @@ def draw_mean_p(
                         f"{frame.selected.sum()} modules selected in most", **P_SCALE)
 
 
-def plot_mean_p(
-    runs: Sequence[Run],  # of one space and one budget
-) -> go.Figure:
+def plot_mean_p(runs: Sequence[Run]) -> go.Figure:  # runs of one space and one budget
     "The heatmap of mean p over several runs."
     return draw_mean_p(mean_p_frame(runs))
 
@@ -468,9 +458,7 @@ def _share_hover(row, n_runs: int) -> str:
             f"{row.high:.2%}<br>anything of it in {row.kept_in} of {n_runs} runs")
 
 
-def draw_share(
-    frame: pd.DataFrame,  # of `share_frame`
-) -> go.Figure:
+def draw_share(frame: pd.DataFrame) -> go.Figure:  # frame of `share_frame`
     "Heatmap of the kept share: layers by positions and module types, a panel for each stack."
     n_runs, whole = frame.attrs["runs"], 100 * (frame["share"] @ frame["of"]) / frame["of"].sum()
     hover = [_share_hover(row, n_runs) for row in frame.itertuples(index=False)]
@@ -480,9 +468,7 @@ def draw_share(
                  bar="share kept", top=frame.share.max(), cell=".2~p", tick="~%", outline="wholly kept")
 
 
-def plot_share(
-    runs: Run | Mapping | Sequence[Run | Mapping],  # as in `share_frame`
-) -> go.Figure:
+def plot_share(runs: Run | Mapping | Sequence[Run | Mapping]) -> go.Figure:  # runs as in `share_frame`
     "The heatmap of the kept share of one run or several."
     return draw_share(share_frame(runs))
 
@@ -684,9 +670,7 @@ SYMBOLS = "circle", "diamond", "square", "triangle-up"
 DOT = dict(size=11, opacity=0.85)
 
 
-def score_columns(
-    frame: pd.DataFrame,  # of `comparison_frame`
-) -> list[str]:
+def score_columns(frame: pd.DataFrame) -> list[str]:  # frame of `comparison_frame`
     "The columns that hold scores: test, every further test split, validation."
     return [*(name for name in frame if name.startswith("test")), *frame.columns.intersection(["validation"])]
 
@@ -697,9 +681,7 @@ def _kind_label(kind: str, part: pd.DataFrame) -> str:
     return f"{as_text(kind)}{count}<br>{low:,}" + (f"–{high:,}" if high > low else "") + " parameters"
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-056b
-def plot_comparison(
-    source: Run | Mapping,  # a finished run, or its result
-) -> go.Figure:
+def plot_comparison(source: Run | Mapping) -> go.Figure:  # source: a finished run, or its result
     "Scores of every re-trained structure: a line for each kind, a symbol for each split, no seed left out."
     frame, metric, figure = comparison_frame(source), as_text(_result(source)["metric"]), go.Figure()
     kind = frame.label.map(structure_kind)
@@ -724,9 +706,7 @@ def plot_comparison(
 _LOG_AXIS = dict(type="log", tickformat="~s", dtick="D2")
 
 
-def plot_sizes(
-    source: Run | Mapping,  # a finished run, or its result
-) -> go.Figure:
+def plot_sizes(source: Run | Mapping) -> go.Figure:  # source: a finished run, or its result
     "Test score of every re-trained structure against its number of parameters, on a logarithmic axis."
     frame, metric, figure = comparison_frame(source), as_text(_result(source)["metric"]), go.Figure()
     kind = frame.label.map(structure_kind)
@@ -773,9 +753,7 @@ def plot_budgets(
                    yaxis2=dict(title_text="modules", rangemode="tozero", **RIGHT))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-071
-def value_text(
-    value: object,  # of a parameter
-) -> str:
+def value_text(value: object) -> str:  # value of a parameter
     "How a page writes it: a list with commas, nothing as a dash."
     if isinstance(value, list | tuple):
         return ", ".join(map(value_text, value)) or MISSING
@@ -784,16 +762,12 @@ def value_text(
     return f"{value:g}" if isinstance(value, float) else str(value) or MISSING
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-071b
-def signed(
-    share: float,  # of a score, from -1 to 1
-) -> str:
+def signed(share: float) -> str:  # share of a score, from -1 to 1
     "A difference of scores in points, with its sign."
     return f"{round(100 * share, 1) + 0.0:+.1f}".replace("-", "−")  # a zero has no minus
 
 
-def interval_text(
-    pair: pd.Series,  # of `differences`
-) -> str:
+def interval_text(pair: pd.Series) -> str:  # pair of `differences`
     "The interval of a mean difference, in points."
     return MISSING if pd.isna(pair.low) else f"{signed(pair.low)} to {signed(pair.high)}"
 
@@ -939,9 +913,7 @@ def draw_matrix(
                    yaxis=dict(ticklabelstandoff=4, autorange="reversed", **name_ticks(rows)))
 
 
-def draw_transfer(
-    frame: pd.DataFrame,  # of `results.transfer`, not empty
-) -> go.Figure:
+def draw_transfer(frame: pd.DataFrame) -> go.Figure:  # frame of `results.transfer`, not empty
     "Heatmap of scores: sources down, targets across; the colour says the place within its column."
     targets = list(frame.columns[frame.columns.get_loc("source") + 1:])
     names = [", ".join(text for text in map(value_text, values) if text != MISSING)

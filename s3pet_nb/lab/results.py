@@ -73,9 +73,7 @@ def _point(question: Question, columns: Mapping[str, str]) -> dict:
 NUMBERS = ("n_params", "validation", "test", "seconds")
 
 
-def is_sound(
-    result: Mapping,  # what result.json holds
-) -> bool:
+def is_sound(result: Mapping) -> bool:  # result: what result.json holds
     "Whether every row of a result has a label, and numbers where numbers are due."
     rows = result.get("rows") or []
     return isinstance(rows, list) and all(
@@ -113,9 +111,7 @@ def runs_frame(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lab/08_results.ipynb #results-007f
-def progress_text(
-    frame: pd.DataFrame,  # of `runs_frame`
-) -> str:
+def progress_text(frame: pd.DataFrame) -> str:  # frame of `runs_frame`
     "How many runs are done, in a sentence, and if not all, what that means for what is made of them."
     count = {state: int((frame.state == state).sum()) for state in ("failed", "missing")}
     done = len(frame) - sum(count.values())
@@ -239,9 +235,7 @@ def _point_names(frame: pd.DataFrame) -> list[str]:
     return [name for name in frame.columns[1:frame.columns.get_loc("task")] if name != "against"]
 
 
-def with_lines(
-    frame: pd.DataFrame,  # of `summary` or `differences`
-) -> pd.DataFrame:
+def with_lines(frame: pd.DataFrame) -> pd.DataFrame:  # frame of `summary` or `differences`
     "The same with a column `line`: the row with its grid point, as a legend or a sentence says it."
     names = _point_names(frame)
     lines = [", ".join([row, *(f"{name} {value_text(value)}" for name, value in zip(names, values))])
@@ -300,9 +294,7 @@ def differences(
     return table
 
 # %% ../../nbs/lab/08_results.ipynb #results-018c
-def difference_sentences(
-    frame: pd.DataFrame,  # of `differences`
-) -> list[str]:
+def difference_sentences(frame: pd.DataFrame) -> list[str]:  # frame of `differences`
     "For each row and grid point, what its pairs of all tasks say."
     if frame.empty:
         return ["There is no pair yet of a searched structure and what it is compared with."]
@@ -347,9 +339,7 @@ def ranks(
     return ranked
 
 # %% ../../nbs/lab/08_results.ipynb #results-020b
-def rank_sentence(
-    frame: pd.DataFrame,  # of `ranks`
-) -> str:
+def rank_sentence(frame: pd.DataFrame) -> str:  # frame of `ranks`
     "What Friedman's test says."
     if frame["rank"].isna().any():
         return "At no task, seed and point of the grid does every row have a score."
@@ -442,9 +432,7 @@ def cost(
     return means.assign(ratio=means.search_seconds / means.retrain_seconds)[[*keys, "runs", *MEASURES]]
 
 # %% ../../nbs/lab/08_results.ipynb #results-030a
-def cost_table(
-    frame: pd.DataFrame,  # of `cost`
-) -> pd.DataFrame:
+def cost_table(frame: pd.DataFrame) -> pd.DataFrame:  # frame of `cost`
     "The same as text."
     texts = {name: [number_text(value, form) for value in frame[name]] for name, form in MEASURES.items()}
     texts |= {name: frame[name].map(value_text) for name in _point_names(frame)}

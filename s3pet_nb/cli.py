@@ -135,7 +135,7 @@ def plan_table(jobs: list["pool.Job"], study: "studies.Study") -> Table:
     "One row per run of a study: its name, what it is asked, and whether it is done."
     names = dict.fromkeys(("run", "method", "asked", "state"), "left") | {"seconds": "right"}
     table = plain_table(names, [
-        (job.id, job.question.method, pool.point({"params": pool.shown(study, job.question)}), job.state,
+        (job.id, job.question.method, pool.point(pool.job_status(study, job)), job.state,
          core.number_text(job.seconds, ",.0f")) for job in jobs])
     for column, least in (0, 10), (3, 7), (4, 7):  # of a name, a state and a number nothing is folded
         table.columns[column].min_width = least
@@ -256,8 +256,7 @@ def watching() -> Iterator[Callable[[dict], None]]:
 def close_study(progress: "pool.StudyState", page: Path) -> None:
     "Say what came of a study; `ValueError` if a run failed or was not begun."
     for job in progress.of("failed"):
-        asked = pool.point({"params": pool.shown(progress.study, job.question)})
-        say(f"failed: {job.id} {asked}: {job.cause}")
+        say(f"failed: {job.id} {pool.point(pool.job_status(progress.study, job))}: {job.cause}")
     for job in progress.of("done"):
         if job.cause:
             say(f"{job.id}: {job.cause}")

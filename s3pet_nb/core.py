@@ -204,9 +204,7 @@ def number_text(value: float | None, form: str = ",") -> str:
     return format(value, form) if is_number else MISSING
 
 
-def column_texts(
-    column: "pd.Series",
-) -> list[str]:
+def column_texts(column: "pd.Series") -> list[str]:
     "How `table` shows a column: counts with thousands apart, floats with digits that suit the whole column."
     sizes = [abs(value) for value in column.dropna() if isinstance(value, float) and value]
     form = ("g" if column.dtype == object else ".2e" if min(sizes, default=1) < 0.001

@@ -522,8 +522,7 @@ def _trained(run: Run, B: int | None, says: list[str]) -> tuple[pd.DataFrame, go
 # %% ../../nbs/lab/13_explore.ipynb #explore-041
 def compare(runs: Named, of: str = "modules") -> Shown:
     "Likeness, of modules or of parameters, and places of the structures of these runs."
-    says = []
-    name = "structure.json"
+    says, name = [], "structure.json"
     structures = _each(runs, name, lambda run: Structure.load(run.folder / name), says)
     if not structures:
         return [*says, "There is no structure to compare."], {}

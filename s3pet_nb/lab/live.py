@@ -337,10 +337,8 @@ def stops(run: Run) -> list[dict]:  # phase, step, and the steps that were plann
 LEAST, SHARE = 0.25, 0.02  # seconds between two redraws, and their share of the time
 
 
-def rest(
-    cost: float,  # seconds of computing that a redraw took
-) -> float:  # seconds
-    "How long to wait for the next redraw, so that they keep to their share."
+def rest(cost: float) -> float:  # cost: seconds of computing that a redraw took
+    "How many seconds to wait for the next redraw, so that they keep to their share."
     return max(LEAST, 2 * cost / SHARE)
 
 # %% ../../nbs/lab/12_live.ipynb #live-n23
@@ -540,20 +538,16 @@ def draw_heat(self: Monitor) -> None:
         self.budget.disabled = watched.gate is None
     B, known = self.budget.budget, watched.gate is not None and None not in watched.gates["alpha"]
     frame = p_frame(watched.log, B=B if known and B != self.space["budget"] else None)
-    if self.heat is None:
-        self.heat = plain_figure(draw_p(frame))
     traces = [trace.to_plotly_json() for trace in p_traces(frame)]
     moved = [{name: trace[name] for name in ("z", "text", "x", "y") if name in trace} for trace in traces]
-    self.heat = _redrawn(self.heat, moved, p_title(frame))
+    self.heat = _redrawn(self.heat or plain_figure(draw_p(frame)), moved, p_title(frame))
 
 
 @patch
 def draw_curves(self: Monitor) -> None:
     "Draw everything that has the steps as its axis."
     frames = self.watched.frames()
-    if self.curves is None:
-        self.curves = plain_figure(plot_curves(frames))
-    self.curves = _redrawn(self.curves, points(frames), "")
+    self.curves = _redrawn(self.curves or plain_figure(plot_curves(frames)), points(frames), "")
 
 # %% ../../nbs/lab/12_live.ipynb #live-n36
 @patch

@@ -50,7 +50,7 @@ from nbconvert.preprocessors import TagRemovePreprocessor
 from plotly.offline import get_plotlyjs
 
 from ..core import Html, number_text, table, write_text
-from .plot import CLEAR, LAB_STYLE, LEVEL, value_text
+from .plot import CLEAR, LEVEL, value_text
 from .results import (Outcome, best_of, grid_columns, is_sound, progress_text, run_scores,
                                   runs_frame, wide)
 from .run import ThisPython, literal
@@ -264,9 +264,8 @@ def page(
     **parts,  # further parts of the template: kind, facts, command, foot, files …
 ) -> Path:
     "Write a self-contained HTML page, and give back its path; every part but the body is escaped."
-    parts |= {"plotly": get_plotlyjs(), "lab_style": LAB_STYLE}
-    text = ASSETS.get_template("page.html.j2").render(title=title, body=body, of=of, **parts)
-    write_text(path, text)
+    parts |= {"title": title, "body": body, "of": of, "plotly": get_plotlyjs()}
+    write_text(path, ASSETS.get_template("page.html.j2").render(parts))
     return path
 
 # %% ../../nbs/lab/09_page.ipynb #report-026d

@@ -1,7 +1,7 @@
 """Modules:
 
 - `s3pet_nb.cli`: The commands: s3pet demo, search, prune, study, tasks, lab, export, transfer and report
-- `s3pet_nb.core`: A registry, seeding, counting, whole files, a table: what every other module uses
+- `s3pet_nb.core`: A registry, counting, whole files, a table: what every other module uses
 - `s3pet_nb.data.agreement`: A task that needs no download: generated English sentences whose words agree, or do not
 - `s3pet_nb.data.batch`: Rows become batches, and a model's answers become a score
 - `s3pet_nb.data.form`: How a model is asked a row of a task, and how its answer is read

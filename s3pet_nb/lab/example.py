@@ -111,7 +111,7 @@ def example_run(
     _log_search(run, seed, budget)
     _log_trainings(run)
     structure = _structure(task, seed, budget)
-    write_json(run.folder / "structure.json", structure | {"task": task})
+    write_json(run.folder / "structure.json", structure)
     sizes = {"searched": sum(module["n"] for module in structure["modules"]), "lora-everywhere": 128}
     rows = [{"label": label, "structure": label, "modules": 3, "n_params": sizes.get(label, budget - 2),
              "validation": score, "test": score - 0.02 + 0.01 * math.sin(seed * k),
@@ -123,9 +123,7 @@ def example_run(
     return run
 
 # %% ../../nbs/lab/03_example.ipynb #example-016
-def example_study(
-    root: str | os.PathLike,  # folder of all studies
-) -> Study:
+def example_study(root: str | os.PathLike) -> Study:  # root: folder of all studies
     "Write eight runs, and give back the study that they are of."
     tasks, budgets, seeds = ["agreement", "agreement-2"], [50, 80], [0, 1]
     runs = [example_run(root, task, seed, budget) for seed in seeds for task in tasks for budget in budgets]

@@ -49,7 +49,7 @@ from fastcore.basics import patch
 
 from ..core import Html, UnknownName, table
 from .live import BudgetSlider, LiveFigures
-from .plot import (INK, LAB_STYLE, as_text, comparison_frame, draw_matrix, draw_mean_p, draw_p,
+from .plot import (DASHED, LAB_STYLE, as_text, comparison_frame, draw_matrix, draw_mean_p, draw_p,
                                draw_share, draw_sweep, mean_p_frame, p_frame, plain_figure, plot_sizes,
                                row_lines, share_frame)
 from .results import summary
@@ -228,15 +228,14 @@ class Learned:
         return (f"The structure of the run is another set than p at step {step:,} selects: it is of other "
                 "alphas, such as a mean, or of another step.")
 
-# %% ../../nbs/lab/13_explore.ipynb #explore-n25
-@patch(cls_method=True)
-def of(cls: Learned, run: Run) -> Learned:
-    "Read a run's log; `ValueError` for a log without numbers to compute another budget from."
-    learned = cls(whole_p_frame(run), run.params.get("method", "greedy"))
-    if not np.allclose(learned.under(learned.budget).p, learned.frame.p, atol=1e-6):
-        raise ValueError(f"the p that run {run.study}/{run.id} logged is not what its gate gives under "
-                         f"its budget of {learned.budget:,}, so none can be computed for another one")
-    return learned
+    @classmethod
+    def of(cls, run: Run) -> "Learned":
+        "Read a run's log; `ValueError` for a log without numbers to compute another budget from."
+        learned = cls(whole_p_frame(run), run.params.get("method", "greedy"))
+        if not np.allclose(learned.under(learned.budget).p, learned.frame.p, atol=1e-6):
+            raise ValueError(f"the p that run {run.study}/{run.id} logged is not what its gate gives under "
+                             f"its budget of {learned.budget:,}, so none can be computed for another one")
+        return learned
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-022
 def margin(
@@ -271,9 +270,7 @@ def margin_text(learned: Learned, B: int) -> str:
     return " ".join(words)
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-024
-def plot_under(
-    frame: pd.DataFrame,  # of `Learned.under`
-) -> go.Figure:
+def plot_under(frame: pd.DataFrame) -> go.Figure:  # frame of `Learned.under`
     "The heatmap of p, and outlined the set that a budget pays for."
     count, B, step = frame.selected.sum(), frame.attrs["budget"], frame.attrs["step"]
     return draw_p(frame).update_layout(
@@ -296,7 +293,7 @@ def plot_trained(
 ) -> go.Figure:
     "Test score of each trained structure against its size, with a line at a budget."
     figure = plot_sizes(run)
-    return figure if B is None else figure.add_vline(B, line=dict(color=INK, width=1.5, dash="dash"))
+    return figure if B is None else figure.add_vline(B, line=DASHED)
 
 
 def _unscored(run: Run, split: str = "test") -> list[str]:
@@ -338,9 +335,7 @@ def places_frame(structures: Mapping[str, Structure]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-028
-def plot_jaccard(
-    frame: pd.DataFrame,  # of `jaccard_frame`
-) -> go.Figure:
+def plot_jaccard(frame: pd.DataFrame) -> go.Figure:  # frame of `jaccard_frame`
     "The matrix of indices, from 0 for nothing in common to 1 for the same."
     hover = [[f"{as_text(one)}<br>{as_text(other)}<br>Jaccard index {value:.3f}"
               for other, value in row.items()] for one, row in frame.iterrows()]
@@ -350,9 +345,7 @@ def plot_jaccard(
                        colorbar=dict(thickness=14, title=dict(text="Jaccard index", side="right")))
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-n13
-def plot_places(
-    frame: pd.DataFrame,  # of `places_frame`
-) -> go.Figure:
+def plot_places(frame: pd.DataFrame) -> go.Figure:  # frame of `places_frame`
     "A mark for each module that a structure keeps; its colour says how many of the structures do."
     shares = frame.iloc[:, frame.columns.get_loc("kept_by") + 1:]
     count, kept = len(shares.columns), shares.to_numpy()
@@ -529,8 +522,7 @@ def _trained(run: Run, B: int | None, says: list[str]) -> tuple[pd.DataFrame, go
 # %% ../../nbs/lab/13_explore.ipynb #explore-041
 def compare(runs: Named, of: str = "modules") -> Shown:
     "Likeness, of modules or of parameters, and places of the structures of these runs."
-    says = []
-    name = "structure.json"
+    says, name = [], "structure.json"
     structures = _each(runs, name, lambda run: Structure.load(run.folder / name), says)
     if not structures:
         return [*says, "There is no structure to compare."], {}

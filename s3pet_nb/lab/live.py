@@ -38,7 +38,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial, partialmethod
-from importlib.resources import files
 from pathlib import Path
 
 import anywidget
@@ -59,6 +58,7 @@ from .log import Tail, Thinned, duration, find_run
 from .plot import (BLUE, GREEN, LAB_STYLE, ORANGE, PINK, draw_p, lay_out, p_frame, p_title,
                                p_traces, plain_figure)
 from .store import Run, faults, write_json
+from .study import asset
 from ..learn.learner import Callback, Learner
 from ..model.gate import Gate, gate_of
 from ..model.structure import jaccard, select
@@ -220,9 +220,7 @@ def missing(self: Watched) -> list[str]:
     return sentences
 
 # %% ../../nbs/lab/12_live.ipynb #live-018
-def points(
-    frames: dict[str, pd.DataFrame],  # of `Watched.frames`
-) -> list[dict]:
+def points(frames: dict[str, pd.DataFrame]) -> list[dict]:  # frames of `Watched.frames`
     "x and y of every curve."
     drawn = [(frames[frame].dropna(subset=["step", column]), column) for _, _, _, frame, column, *_ in CURVES]
     return [{"x": frame.step.tolist(), "y": frame[column].tolist()} for frame, column in drawn]
@@ -238,9 +236,7 @@ AXES = {  # title of each panel, its left axis and its right one
 }
 
 
-def plot_curves(
-    frames: dict[str, pd.DataFrame],  # of `Watched.frames`
-) -> go.Figure:
+def plot_curves(frames: dict[str, pd.DataFrame]) -> go.Figure:  # frames of `Watched.frames`
     "Budget, losses, chosen set and second-order term over the steps, in four panels."
     figure = make_subplots(2, 2, specs=[[{"secondary_y": True}] * 2] * 2, horizontal_spacing=0.16,
                            vertical_spacing=0.22, subplot_titles=[title for title, *_ in AXES.values()])
@@ -341,17 +337,15 @@ def stops(run: Run) -> list[dict]:  # phase, step, and the steps that were plann
 LEAST, SHARE = 0.25, 0.02  # seconds between two redraws, and their share of the time
 
 
-def rest(
-    cost: float,  # seconds of computing that a redraw took
-) -> float:  # seconds
-    "How long to wait for the next redraw, so that they keep to their share."
+def rest(cost: float) -> float:  # cost: seconds of computing that a redraw took
+    "How many seconds to wait for the next redraw, so that they keep to their share."
     return max(LEAST, 2 * cost / SHARE)
 
 # %% ../../nbs/lab/12_live.ipynb #live-n23
 class LiveFigures(anywidget.AnyWidget):
     "Plotly figures in a cell, one below the other."
 
-    _esm = (files("s3pet_nb.lab") / "assets" / "live.js").read_text(encoding="utf-8")
+    _esm = asset("live.js")
     source = traitlets.Unicode().tag(sync=True)  # of plotly.js
     figures = traitlets.List().tag(sync=True)  # of `plain_figure`
 
@@ -544,20 +538,16 @@ def draw_heat(self: Monitor) -> None:
         self.budget.disabled = watched.gate is None
     B, known = self.budget.budget, watched.gate is not None and None not in watched.gates["alpha"]
     frame = p_frame(watched.log, B=B if known and B != self.space["budget"] else None)
-    if self.heat is None:
-        self.heat = plain_figure(draw_p(frame))
     traces = [trace.to_plotly_json() for trace in p_traces(frame)]
     moved = [{name: trace[name] for name in ("z", "text", "x", "y") if name in trace} for trace in traces]
-    self.heat = _redrawn(self.heat, moved, p_title(frame))
+    self.heat = _redrawn(self.heat or plain_figure(draw_p(frame)), moved, p_title(frame))
 
 
 @patch
 def draw_curves(self: Monitor) -> None:
     "Draw everything that has the steps as its axis."
     frames = self.watched.frames()
-    if self.curves is None:
-        self.curves = plain_figure(plot_curves(frames))
-    self.curves = _redrawn(self.curves, points(frames), "")
+    self.curves = _redrawn(self.curves or plain_figure(plot_curves(frames)), points(frames), "")
 
 # %% ../../nbs/lab/12_live.ipynb #live-n36
 @patch

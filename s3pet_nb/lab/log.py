@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-from fastcore.basics import patch
 
 from ..core import check_names
 from .store import Run, parse_object, run_folders
@@ -53,17 +52,15 @@ class Tail:
         self.faults += records.count(None)
         return [record for record in records if record is not None], again
 
-# %% ../../nbs/lab/01_log.ipynb #live-012
-@patch
-def _lines(self: Tail) -> tuple[list[bytes], bool]:
-    "The next lines, and whether they are those of another file, read from its start."
-    with open(self.path, "rb") as file:
-        file.seek(self.place - len(self.tip))
-        again = file.read(len(self.tip)) != self.tip
-        if again:
-            self.begin()
-            file.seek(0)
-        return file.readlines(CHUNK), again
+    def _lines(self) -> tuple[list[bytes], bool]:
+        "The next lines, and whether they are those of another file, read from its start."
+        with open(self.path, "rb") as file:
+            file.seek(self.place - len(self.tip))
+            again = file.read(len(self.tip)) != self.tip
+            if again:
+                self.begin()
+                file.seek(0)
+            return file.readlines(CHUNK), again
 
 # %% ../../nbs/lab/01_log.ipynb #live-009
 class Thinned:
@@ -107,9 +104,7 @@ def find_run(
 # %% ../../nbs/lab/01_log.ipynb #log-duration
 def duration(seconds: float) -> str:
     "Seconds as a person says them: 40 s, 3 min 20 s, 2 h 5 min."
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -36,7 +36,6 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -50,13 +49,13 @@ from nbconvert.filters import strip_ansi
 from nbconvert.preprocessors import TagRemovePreprocessor
 from plotly.offline import get_plotlyjs
 
-from ..core import Html, table, write_text
-from .plot import CLEAR, LAB_STYLE, LEVEL, MISSING, value_text
+from ..core import Html, number_text, table, write_text
+from .plot import CLEAR, LEVEL, value_text
 from .results import (Outcome, best_of, grid_columns, is_sound, progress_text, run_scores,
                                   runs_frame, wide)
 from .run import ThisPython, literal
-from .store import Run, home, read_json, run_folders, structure_kind, write_json
-from .study import DATA_DIR, Study, resolve, template
+from .store import Run, home, read_json, run_folders, structure_kind
+from .study import DATA_DIR, Study, resolve, save_study, template
 from .study import study as read_study
 
 # %% ../../nbs/lab/09_page.ipynb #report-008
@@ -172,9 +171,7 @@ def study_command(
     return shlex.join(words + ["--out", str(root)] * elsewhere)
 
 # %% ../../nbs/lab/09_page.ipynb #report-019
-def stopped_early(
-    result: Mapping,  # what result.json holds
-) -> str | None:
+def stopped_early(result: Mapping) -> str | None:  # result: what result.json holds
     "When a search stopped because its set no longer changed, and what that saved; None if it did not."
     search = result.get("search") or {}
     early = search.get("early_stop")
@@ -182,9 +179,7 @@ def stopped_early(
                       f"{early['saved']:.0%} of the search saved")
 
 
-def stopped_by_hand(
-    result: Mapping,  # what result.json holds
-) -> str | None:
+def stopped_by_hand(result: Mapping) -> str | None:  # result: what result.json holds
     "Which searches and trainings somebody stopped, and where; None if nobody did."
     return ", ".join(f"{stop['phase']} after {stop['step']:,} of {stop['steps']:,} steps"
                      for stop in result.get("stopped") or []) or None
@@ -269,9 +264,8 @@ def page(
     **parts,  # further parts of the template: kind, facts, command, foot, files …
 ) -> Path:
     "Write a self-contained HTML page, and give back its path; every part but the body is escaped."
-    parts |= {"plotly": get_plotlyjs(), "lab_style": LAB_STYLE}
-    text = ASSETS.get_template("page.html.j2").render(title=title, body=body, of=of, **parts)
-    write_text(path, text)
+    parts |= {"title": title, "body": body, "of": of, "plotly": get_plotlyjs()}
+    write_text(path, ASSETS.get_template("page.html.j2").render(parts))
     return path
 
 # %% ../../nbs/lab/09_page.ipynb #report-026d
@@ -345,12 +339,10 @@ def score_table(outcome: Outcome) -> Html:
     return table(shown, bold=bold, parted=shown.columns[1:points + 1])
 
 
-def transfer_table(
-    frame: pd.DataFrame,  # of `results.transfer`
-) -> Html:
+def transfer_table(frame: pd.DataFrame) -> Html:  # frame of `results.transfer`
     "Scores times 100; the best of each target is bold, trainings of all weights aside."
     targets = list(frame.columns[frame.columns.get_loc("source") + 1:])
-    texts = frame[targets].map(lambda score: MISSING if pd.isna(score) else f"{100 * score:.1f}")
+    texts = (100 * frame[targets].astype(float)).map(number_text, form=".1f")
     bold = {target: best_of(texts[target], frame.row != LEVEL) for target in targets}
     return table(frame.drop(columns=targets).join(texts), bold=bold)
 
@@ -396,8 +388,7 @@ def compared(
 ) -> nbformat.NotebookNode:
     "The template `compare`, executed over the runs of a study by a kernel with this Python."
     folder = Path(root) / study.name
-    ids = [question.id for question in study.questions()]
-    write_json(folder / "study.json", asdict(study) | {"ids": ids})
+    save_study(study, folder)
     notebook = chosen_cells(nbformat.read(template("compare"), as_version=4), views)
     with suppress(papermill.PapermillExecutionError):  # the page says it where it happened
         papermill.execute_notebook(
@@ -428,9 +419,7 @@ def study_report(
                 files=["compare.ipynb"], foot="Scores are on the test rows. Beside this page")
 
 # %% ../../nbs/lab/09_page.ipynb #report-031
-def score_texts(
-    result: Mapping,  # what result.json holds
-) -> dict[str, str]:
+def score_texts(result: Mapping) -> dict[str, str]:  # result: what result.json holds
     "Test score of each kind of structure; for several of a kind their mean, range and number."
     rows = pd.DataFrame((is_sound(result) and result.get("rows")) or [], columns=["label", "test"])
     texts = {}
@@ -440,9 +429,7 @@ def score_texts(
     return texts
 
 # %% ../../nbs/lab/09_page.ipynb #report-031b
-def index_frame(
-    root: str | os.PathLike,  # folder of all studies
-) -> pd.DataFrame:
+def index_frame(root: str | os.PathLike) -> pd.DataFrame:  # root: folder of all studies
     "One row per run that has a page: study, run, what was asked for, test scores by kind of structure, page."
     rows = []
     for run in run_folders(root):

@@ -30,7 +30,7 @@ a run goes on."""
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'STYLES', 'INK', 'GRID', 'TEMPLATE', 'LAB_STYLE', 'CLEAR', 'Log',
            'P_COLUMNS', 'MODULE_LABELS', 'P_SCALE', 'DASHED', 'RIGHT', 'HALVES', 'ROUND', 'DASHES', 'RING', 'SYMBOLS',
-           'DOT', 'MISSING', 'SEARCHED', 'LEVEL', 'as_text', 'lay_out', 'legend_below', 'name_ticks', 'phase_lines',
+           'DOT', 'SEARCHED', 'LEVEL', 'as_text', 'lay_out', 'legend_below', 'name_ticks', 'phase_lines',
            'plain_figure', 'events', 'p_frame', 'p_grid', 'p_title', 'p_traces', 'draw_p', 'plot_p', 'mean_p_frame',
            'draw_mean_p', 'plot_mean_p', 'share_frame', 'draw_share', 'plot_share', 'draw_mean', 'steps_frame',
            'budget_frame', 'plot_budget', 'mixed_frame', 'plot_mixed', 'loss_frame', 'plot_loss', 'score_frame',
@@ -54,7 +54,9 @@ import plotly.graph_objects as go
 from plotly.basedatatypes import BaseTraceType
 from plotly.subplots import make_subplots
 
+from ..core import MISSING
 from .store import Run, structure_kind
+from .study import asset
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-010
 BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8A9099"
@@ -70,14 +72,7 @@ TEMPLATE = go.layout.Template(layout=dict(
     legend=dict(orientation="h", x=0, xanchor="left", y=1, yanchor="bottom", yref="paper")))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-010b
-LAB_STYLE = """<style>
-.s3pet-lab .main-svg text:not(.heatmap-label text, .hoverlayer text) {
-  fill: var(--jp-content-font-color1, #24292f) !important; }
-.s3pet-lab .gridlayer path { stroke: var(--jp-border-color2, #e6e8eb) !important; }
-.s3pet-lab path[style*="rgb(36, 41, 47)"] { stroke: var(--jp-content-font-color1, #24292f) !important; }
-.s3pet-lab path[style*="rgb(255, 255, 255)"] { stroke: var(--jp-layout-color0, #fff) !important; }
-.s3pet-lab .s3pet-status { font-variant-numeric: tabular-nums; }
-</style>"""  # figures in a box of class s3pet-lab follow the theme of JupyterLab
+LAB_STYLE = asset("figures.html")  # figures in a box of class s3pet-lab follow the theme of JupyterLab
 CLEAR = dict(paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)")  # layout of such a figure
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-010c
@@ -193,11 +188,11 @@ def p_frame(
     log: Log,  # of records, the space and one of gates are enough
     step: int | None = None,  # one at which gates were logged, else `ValueError`
     B: int | None = None,  # another budget, a count
-    structure: Mapping | None = None,  # what structure.json holds and so what is selected; of a run its own
     method: str = "greedy",  # of `select`, where what is selected is computed
 ) -> pd.DataFrame:  # `P_COLUMNS`
     """One row per candidate, in the order of the space; `layer` is missing outside the layers.
 
+    Selected is what the structure of a run keeps; of records, and under another budget, what `select` takes.
     attrs: the step, the budget, the record of the gate if there is one, and for a run its id.
     """
     spaces, gates = events(log, "space", "gates")
@@ -205,9 +200,7 @@ def p_frame(
     n, budget = [entry["n"] for entry in space], B or spaces[0].get("budget")
     p = pd.Series(gates["p"] if B is None else _under(gates, n, B), dtype=float)
     if B is None and isinstance(log, Run):
-        structure = log.structure or {"modules": []}
-    if B is None and structure is not None:
-        kept = {_place(module) for module in structure["modules"]}
+        kept = {_place(module) for module in (log.structure or {"modules": []})["modules"]}
         selected = [_place(entry) in kept for entry in space]
     else:
         selected = _selected(p, n, budget, method)
@@ -330,25 +323,19 @@ def _p_cells(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(value=frame.p, hover=hover, outlined=frame.selected)
 
 
-def p_title(
-    frame: pd.DataFrame,  # of `p_frame`
-) -> str:
+def p_title(frame: pd.DataFrame) -> str:  # frame of `p_frame`
     "What the heatmap of p is called."
     return (f"Activation probability p at step {frame.attrs['step']}, "
             f"{frame.selected.sum()} modules selected")
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-023d
-def p_traces(
-    frame: pd.DataFrame,  # of `p_frame`
-) -> list[BaseTraceType]:
+def p_traces(frame: pd.DataFrame) -> list[BaseTraceType]:  # frame of `p_frame`
     "What the heatmap of p is made of: enough to bring a figure that is shown up to date."
     panels = _stacks(_p_cells(frame), P_SCALE["cell"], P_SCALE["outline"])
     return [trace for *_, traces in panels for trace in traces]
 
 
-def draw_p(
-    frame: pd.DataFrame,  # of `p_frame`
-) -> go.Figure:
+def draw_p(frame: pd.DataFrame) -> go.Figure:  # frame of `p_frame`
     "Heatmap of p: layers by positions and module types, a panel for each stack, selected modules outlined."
     return _draw(_p_cells(frame), p_title(frame), **P_SCALE)
 
@@ -386,13 +373,12 @@ def _check_one_budget(budgets: Iterable[int]) -> None:
 # %% ../../nbs/lab/07_plot.ipynb #plot-026b
 def mean_p_frame(
     runs: Sequence[Run | pd.DataFrame],  # or their frames, as of `p_frame`; at least one, else `ValueError`
-    step: int | None = None,  # as in `p_frame`; None: each run's own
 ) -> pd.DataFrame:  # stack, layer, role, kind, module, name, n, p, low, high, selected, runs; attrs["runs"]
     """One row per candidate: mean, lowest and highest p, and how many of the runs selected it.
 
     `ValueError` for runs of different candidates or budgets.
     """
-    frames = [p_frame(run, step) if isinstance(run, Run) else run for run in runs]
+    frames = [p_frame(run) if isinstance(run, Run) else run for run in runs]
     _check_same_space([f"run {frame.attrs['run']}" for frame in frames],
                       [zip(frame.name, frame.n) for frame in frames])
     _check_one_budget(frame.attrs["budget"] for frame in frames if frame.attrs["budget"])
@@ -405,9 +391,7 @@ def mean_p_frame(
     return mean
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-026c
-def draw_mean_p(
-    frame: pd.DataFrame,  # of `mean_p_frame`
-) -> go.Figure:
+def draw_mean_p(frame: pd.DataFrame) -> go.Figure:  # frame of `mean_p_frame`
     "Heatmap of mean p over several runs; what more than half of them selected is outlined."
     hover = [f"<b>{as_text(row.name)}</b><br>n = {row.n:,}<br>mean p = {row.p:.4f}, from {row.low:.4f} to "
              f"{row.high:.4f}<br>selected in {row.runs}" for row in frame.itertuples(index=False)]
@@ -416,12 +400,9 @@ def draw_mean_p(
                         f"{frame.selected.sum()} modules selected in most", **P_SCALE)
 
 
-def plot_mean_p(
-    runs: Sequence[Run],  # of one space and one budget
-    step: int | None = None,  # as in `mean_p_frame`
-) -> go.Figure:
+def plot_mean_p(runs: Sequence[Run]) -> go.Figure:  # runs of one space and one budget
     "The heatmap of mean p over several runs."
-    return draw_mean_p(mean_p_frame(runs, step))
+    return draw_mean_p(mean_p_frame(runs))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-030
 def _result(source: Run | Mapping) -> Mapping:
@@ -477,9 +458,7 @@ def _share_hover(row, n_runs: int) -> str:
             f"{row.high:.2%}<br>anything of it in {row.kept_in} of {n_runs} runs")
 
 
-def draw_share(
-    frame: pd.DataFrame,  # of `share_frame`
-) -> go.Figure:
+def draw_share(frame: pd.DataFrame) -> go.Figure:  # frame of `share_frame`
     "Heatmap of the kept share: layers by positions and module types, a panel for each stack."
     n_runs, whole = frame.attrs["runs"], 100 * (frame["share"] @ frame["of"]) / frame["of"].sum()
     hover = [_share_hover(row, n_runs) for row in frame.itertuples(index=False)]
@@ -489,9 +468,7 @@ def draw_share(
                  bar="share kept", top=frame.share.max(), cell=".2~p", tick="~%", outline="wholly kept")
 
 
-def plot_share(
-    runs: Run | Mapping | Sequence[Run | Mapping],  # as in `share_frame`
-) -> go.Figure:
+def plot_share(runs: Run | Mapping | Sequence[Run | Mapping]) -> go.Figure:  # runs as in `share_frame`
     "The heatmap of the kept share of one run or several."
     return draw_share(share_frame(runs))
 
@@ -693,9 +670,7 @@ SYMBOLS = "circle", "diamond", "square", "triangle-up"
 DOT = dict(size=11, opacity=0.85)
 
 
-def score_columns(
-    frame: pd.DataFrame,  # of `comparison_frame`
-) -> list[str]:
+def score_columns(frame: pd.DataFrame) -> list[str]:  # frame of `comparison_frame`
     "The columns that hold scores: test, every further test split, validation."
     return [*(name for name in frame if name.startswith("test")), *frame.columns.intersection(["validation"])]
 
@@ -706,9 +681,7 @@ def _kind_label(kind: str, part: pd.DataFrame) -> str:
     return f"{as_text(kind)}{count}<br>{low:,}" + (f"–{high:,}" if high > low else "") + " parameters"
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-056b
-def plot_comparison(
-    source: Run | Mapping,  # a finished run, or its result
-) -> go.Figure:
+def plot_comparison(source: Run | Mapping) -> go.Figure:  # source: a finished run, or its result
     "Scores of every re-trained structure: a line for each kind, a symbol for each split, no seed left out."
     frame, metric, figure = comparison_frame(source), as_text(_result(source)["metric"]), go.Figure()
     kind = frame.label.map(structure_kind)
@@ -733,9 +706,7 @@ def plot_comparison(
 _LOG_AXIS = dict(type="log", tickformat="~s", dtick="D2")
 
 
-def plot_sizes(
-    source: Run | Mapping,  # a finished run, or its result
-) -> go.Figure:
+def plot_sizes(source: Run | Mapping) -> go.Figure:  # source: a finished run, or its result
     "Test score of every re-trained structure against its number of parameters, on a logarithmic axis."
     frame, metric, figure = comparison_frame(source), as_text(_result(source)["metric"]), go.Figure()
     kind = frame.label.map(structure_kind)
@@ -782,12 +753,7 @@ def plot_budgets(
                    yaxis2=dict(title_text="modules", rangemode="tozero", **RIGHT))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-071
-MISSING = "–"
-
-
-def value_text(
-    value: object,  # of a parameter
-) -> str:
+def value_text(value: object) -> str:  # value of a parameter
     "How a page writes it: a list with commas, nothing as a dash."
     if isinstance(value, list | tuple):
         return ", ".join(map(value_text, value)) or MISSING
@@ -796,16 +762,12 @@ def value_text(
     return f"{value:g}" if isinstance(value, float) else str(value) or MISSING
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-071b
-def signed(
-    share: float,  # of a score, from -1 to 1
-) -> str:
+def signed(share: float) -> str:  # share of a score, from -1 to 1
     "A difference of scores in points, with its sign."
     return f"{round(100 * share, 1) + 0.0:+.1f}".replace("-", "−")  # a zero has no minus
 
 
-def interval_text(
-    pair: pd.Series,  # of `differences`
-) -> str:
+def interval_text(pair: pd.Series) -> str:  # pair of `differences`
     "The interval of a mean difference, in points."
     return MISSING if pd.isna(pair.low) else f"{signed(pair.low)} to {signed(pair.high)}"
 
@@ -951,9 +913,7 @@ def draw_matrix(
                    yaxis=dict(ticklabelstandoff=4, autorange="reversed", **name_ticks(rows)))
 
 
-def draw_transfer(
-    frame: pd.DataFrame,  # of `results.transfer`, not empty
-) -> go.Figure:
+def draw_transfer(frame: pd.DataFrame) -> go.Figure:  # frame of `results.transfer`, not empty
     "Heatmap of scores: sources down, targets across; the colour says the place within its column."
     targets = list(frame.columns[frame.columns.get_loc("source") + 1:])
     names = [", ".join(text for text in map(value_text, values) if text != MISSING)

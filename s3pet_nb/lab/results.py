@@ -43,8 +43,8 @@ import pandas as pd
 from pandas.api.typing import DataFrameGroupBy
 from scipy import stats
 
-from ..core import write_text
-from .plot import (MISSING, P_COLUMNS, SEARCHED, interval_text, mean_p_frame, share_frame, signed,
+from ..core import MISSING, number_text, write_text
+from .plot import (P_COLUMNS, SEARCHED, interval_text, mean_p_frame, share_frame, signed,
                                value_text)
 from .store import Run, attempt, home, read_json, structure_kind, unreadable
 from .study import Question, Study
@@ -73,9 +73,7 @@ def _point(question: Question, columns: Mapping[str, str]) -> dict:
 NUMBERS = ("n_params", "validation", "test", "seconds")
 
 
-def is_sound(
-    result: Mapping,  # what result.json holds
-) -> bool:
+def is_sound(result: Mapping) -> bool:  # result: what result.json holds
     "Whether every row of a result has a label, and numbers where numbers are due."
     rows = result.get("rows") or []
     return isinstance(rows, list) and all(
@@ -113,9 +111,7 @@ def runs_frame(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/lab/08_results.ipynb #results-007f
-def progress_text(
-    frame: pd.DataFrame,  # of `runs_frame`
-) -> str:
+def progress_text(frame: pd.DataFrame) -> str:  # frame of `runs_frame`
     "How many runs are done, in a sentence, and if not all, what that means for what is made of them."
     count = {state: int((frame.state == state).sum()) for state in ("failed", "missing")}
     done = len(frame) - sum(count.values())
@@ -239,9 +235,7 @@ def _point_names(frame: pd.DataFrame) -> list[str]:
     return [name for name in frame.columns[1:frame.columns.get_loc("task")] if name != "against"]
 
 
-def with_lines(
-    frame: pd.DataFrame,  # of `summary` or `differences`
-) -> pd.DataFrame:
+def with_lines(frame: pd.DataFrame) -> pd.DataFrame:  # frame of `summary` or `differences`
     "The same with a column `line`: the row with its grid point, as a legend or a sentence says it."
     names = _point_names(frame)
     lines = [", ".join([row, *(f"{name} {value_text(value)}" for name, value in zip(names, values))])
@@ -300,9 +294,7 @@ def differences(
     return table
 
 # %% ../../nbs/lab/08_results.ipynb #results-018c
-def difference_sentences(
-    frame: pd.DataFrame,  # of `differences`
-) -> list[str]:
+def difference_sentences(frame: pd.DataFrame) -> list[str]:  # frame of `differences`
     "For each row and grid point, what its pairs of all tasks say."
     if frame.empty:
         return ["There is no pair yet of a searched structure and what it is compared with."]
@@ -347,9 +339,7 @@ def ranks(
     return ranked
 
 # %% ../../nbs/lab/08_results.ipynb #results-020b
-def rank_sentence(
-    frame: pd.DataFrame,  # of `ranks`
-) -> str:
+def rank_sentence(frame: pd.DataFrame) -> str:  # frame of `ranks`
     "What Friedman's test says."
     if frame["rank"].isna().any():
         return "At no task, seed and point of the grid does every row have a score."
@@ -358,13 +348,9 @@ def rank_sentence(
     return f"Friedman's test that all rows are alike: {'p < 0.001' if p < 0.001 else f'p = {p:.3f}'}."
 
 # %% ../../nbs/lab/08_results.ipynb #results-023
-def _number_text(value: float, form: str) -> str:
-    return MISSING if pd.isna(value) else format(value, form)
-
-
 def _point_text(value: object) -> str:
     if isinstance(value, float):
-        return _number_text(value, ",.0f" if value.is_integer() else "g")
+        return number_text(value, ",.0f" if value.is_integer() else "g")
     return MISSING if value is None else str(value)
 
 
@@ -372,8 +358,8 @@ def _cells(part: pd.DataFrame, statistic: str) -> dict[str, str]:
     "A line of the papers' table: its size, and the score on each task with the sd over seeds beside a mean."
     ratio, test = 10_000 * part.ratio.mean(), 100 * part[statistic]
     sds = ["" if statistic == "median" or pd.isna(sd) else f" ± {100 * sd:.1f}" for sd in part.sd]
-    return {"ratio, 1e-4": _number_text(ratio, ",.2f" if ratio < 100 else ",.0f"),
-            "parameters": _number_text(part.n_params.mean(), ",.0f"), "average": f"{test.mean():.1f}",
+    return {"ratio, 1e-4": number_text(ratio, ",.2f" if ratio < 100 else ",.0f"),
+            "parameters": number_text(part.n_params.mean(), ",.0f"), "average": f"{test.mean():.1f}",
             **{task: f"{score:.1f}{sd}" for task, score, sd in zip(part.task, test, sds)}}
 
 # %% ../../nbs/lab/08_results.ipynb #results-023b
@@ -446,11 +432,9 @@ def cost(
     return means.assign(ratio=means.search_seconds / means.retrain_seconds)[[*keys, "runs", *MEASURES]]
 
 # %% ../../nbs/lab/08_results.ipynb #results-030a
-def cost_table(
-    frame: pd.DataFrame,  # of `cost`
-) -> pd.DataFrame:
+def cost_table(frame: pd.DataFrame) -> pd.DataFrame:  # frame of `cost`
     "The same as text."
-    texts = {name: [_number_text(value, form) for value in frame[name]] for name, form in MEASURES.items()}
+    texts = {name: [number_text(value, form) for value in frame[name]] for name, form in MEASURES.items()}
     texts |= {name: frame[name].map(value_text) for name in _point_names(frame)}
     return frame.assign(**texts).rename(columns={"search_memory_mb": "memory of the search, MB"})
 
@@ -544,7 +528,6 @@ class Outcome:
     "A study and what its runs gave."
 
     study: Study
-    root: Path  # folder of all studies
     runs: pd.DataFrame  # of `runs_frame`
     scores: pd.DataFrame  # of `scores`
 
@@ -558,7 +541,7 @@ class Outcome:
         points = runs[["method", *grid_columns(study).values(), "task"]].astype(str)
         order = dict(zip(runs.run_id, points.groupby(list(points), sort=False).ngroup()))
         frame = frame.iloc[frame.run_id.map(order).argsort(kind="stable")].reset_index(drop=True)
-        return cls(study, Path(root), runs, frame)
+        return cls(study, runs, frame)
 
 
 def run_scores(outcome: Outcome) -> pd.Series:  # by run id

@@ -283,5 +283,4 @@ def execute(
     `RunFailed` if a cell fails, the kernel dies or the time is over; `Busy` if another process runs it; else
     as `resolve`.
     """
-    launch = Launch(stderr=stderr, time_limit=time_limit)
-    return answer(Question.of(name_or_path, params), root, study, launch)
+    return answer(Question.of(name_or_path, params), root, study, Launch({}, stderr, time_limit))

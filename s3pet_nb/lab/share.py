@@ -37,8 +37,9 @@ import transformers
 import yaml
 from torch import Tensor
 
-from ..core import check_names, write_bytes
+from ..core import MISSING, check_names, number_text, write_bytes
 from .store import Run
+from .study import asset
 from ..learn.train import TrainResult
 from ..model.backbone import HEADS, PACKAGED
 from ..model.space import GatedModel
@@ -147,12 +148,8 @@ def load(
 # %% ../../nbs/lab/06_share.ipynb #share-n31
 def _text(value: object) -> str:
     "A value as text in a cell of a Markdown table; – for None."
-    plain = html.escape(" ".join(str("–" if value is None else value).split()), quote=False)
+    plain = html.escape(" ".join(str(MISSING if value is None else value).split()), quote=False)
     return re.sub(r"[\[\]|`!*_\\~#]", lambda sign: f"&#{ord(sign[0])};", plain)
-
-
-def _number(value: object, form: str) -> str:
-    return format(value, form) if type(value) in (int, float) else "–"
 
 # %% ../../nbs/lab/06_share.ipynb #share-n34
 SHADES = "·░▒▓█"  # of p, from 0 to 1
@@ -164,16 +161,16 @@ def _heatmap(structure: Structure) -> str:
     shade = frame.p.map(lambda p: SHADES[min(4, int(5 * p))] + " " if pd.notna(p) else "")
     frame["cell"] = shade + frame.n.map("{:,}".format)
     frame["place"] = frame["stack"] + " " + frame["role"] + " " + frame["module"]
-    frame["layer"] = frame.layer.map(lambda layer: "–" if pd.isna(layer) else f"{layer:.0f}")
-    order = sorted(set(frame.layer), key=lambda layer: (layer == "–", int(layer) if layer != "–" else 0))
+    frame["layer"] = frame.layer.map(lambda layer: number_text(layer, ".0f"))
+    order = sorted(set(frame.layer), key=lambda layer: math.inf if layer == MISSING else int(layer))
     table = frame.groupby(["place", "layer"], sort=False).cell.agg(", ".join).unstack(fill_value="")
     return table[order].rename_axis(index="", columns=None).to_markdown()
 
 # %% ../../nbs/lab/06_share.ipynb #share-n37
 def _scores(result: Mapping) -> str:
     "What a run compared, as a Markdown table; nothing where there is no result."
-    rows = [{"structure": _text(row.get("label")), "parameters": _number(row.get("n_params"), ","),
-             "validation": _number(row.get("validation"), ".4f"), "test": _number(row.get("test"), ".4f")}
+    rows = [{"structure": _text(row.get("label")), "parameters": number_text(row.get("n_params"))}
+            | {name: number_text(row.get(name), ".4f") for name in ("validation", "test")}
             for row in result.get("rows") or []]
     if not rows:
         return ""
@@ -202,32 +199,7 @@ def _metadata(structure: Structure) -> str:
     return yaml.safe_dump(about, sort_keys=False)
 
 # %% ../../nbs/lab/06_share.ipynb #share-n42
-CARD = """---
-{metadata}---
-
-# {title}: {n:,} parameters on {backbone}
-
-| | |
-|---|---|
-{facts}
-
-## Where they are
-
-Parameters kept, by layer{shaded}.
-
-{heatmap}
-
-{scores}## Use
-
-```python
-from s3pet_nb.lab.share import from_hub, load
-from s3pet_nb.model.backbone import load_backbone
-
-model, tokenizer = load_backbone({name!r}, {head!r}, {n_labels})
-with load(model, from_hub({repo_id!r})) as tuned:
-    print({answer}(**tokenizer("a text", return_tensors="pt")))
-```
-"""
+CARD = asset("card.md")
 
 # %% ../../nbs/lab/06_share.ipynb #share-n43
 def card(

@@ -592,7 +592,7 @@ def test_a_page_shows_what_prunings_kept_task_by_task(tmp_path):
 
 
 def test_a_page_that_cannot_be_set_up_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr("s3pet_nb.lab.page.write_json", lambda path, obj: None)  # so that there is no study to read
+    monkeypatch.setattr("s3pet_nb.lab.page.save_study", lambda study, folder: None)  # so that there is no study to read
     study = make_study(tmp_path, grid={"task": ["glue/cola"]}, methods={}, seeds=[0])
     fill(study, tmp_path / "reports")
     with pytest.raises(RuntimeError, match="the page of study 'sweep' cannot be made: AttributeError"):

@@ -29,7 +29,7 @@
 - `s3pet_nb.learn.compute`: How a pass is run, where, and what it costs
 - `s3pet_nb.learn.learner`: One training loop for searching and for training; what watches it, and what brings it back
 - `s3pet_nb.learn.optim`: AdamW for many small weights: clipped, with a rate that falls, and stepped as one vector
-- `s3pet_nb.learn.protocol`: How a paper trains and scores, by name
+- `s3pet_nb.learn.protocol`: How long and at which rates a training goes, by name
 - `s3pet_nb.learn.prune`: Prune-search: train everything once, score every parameter on the way, keep what the budget pays for
 - `s3pet_nb.learn.search`: S3PET: which modules deserve the budget, learned by gradient
 - `s3pet_nb.learn.train`: Train a structure from new weights, and what it is compared with

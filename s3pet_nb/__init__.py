@@ -13,6 +13,7 @@
 - `s3pet_nb.lab.example`: A small finished run, made of plain numbers, to try figures and pages on
 - `s3pet_nb.lab.experiment`: What the templates share: a task and its backbone, structures to compare with, and how a run was run
 - `s3pet_nb.lab.explore`: Finished runs side by side: one search under any budget, structures compared, averages and sweeps
+- `s3pet_nb.lab.ground`: At which rates each kind of module learns, and on which tasks structures can differ
 - `s3pet_nb.lab.live`: A run that is watched while it goes on, and steered
 - `s3pet_nb.lab.log`: A log that grows: what it has said since the last look, kept small
 - `s3pet_nb.lab.page`: A page of a run, a page of a study, and an index of all: each draws without a network

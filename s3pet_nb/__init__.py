@@ -58,6 +58,7 @@ ROOMS = {  # names that can be imported from here, and the module that each one 
     "data.task": ("TASKS", "Task"),
     "data.batch": ("score", "scores"),
     "data.setup": ("Setup",),
+    "learn.protocol": ("PROTOCOLS", "RECIPES", "Recipe"),
     "learn.search": ("EarlyStop", "SearchConfig", "search"),
     "learn.train": ("BASELINES", "TrainConfig", "random_structure", "retrain"),
     "learn.prune": ("PruneConfig", "prune_search"),

@@ -182,7 +182,8 @@ Paper = Annotated[bool, typer.Option("--paper", help="The paper's numbers, all o
 
 def of_length(name: str, quick: bool, standard: bool, paper: bool) -> str:
     "The study of this name and length; `ValueError` where two lengths are asked for."
-    asked = [length for length, given in (("quick", quick), ("standard", standard), ("paper", paper)) if given]
+    lengths = {"quick": quick, "standard": standard, "paper": paper}
+    asked = [length for length, given in lengths.items() if given]
     if len(asked) > 1:
         raise ValueError(f"{' and '.join(f'--{length}' for length in asked)} do not go together; give one")
     return name if asked in ([], ["standard"]) else f"{name}-{asked[0]}"

@@ -89,7 +89,7 @@ def collapsed(scores: pd.DataFrame) -> pd.Series:
 # %% ../../nbs/lab/16_ground.ipynb #ground-014
 def admission(
     scores: pd.DataFrame,  # of `results.scores`, with trainings of `HEAD`
-) -> pd.DataFrame:  # task, metric, seeds, head alone, best habit, score, gain, sd, trainings, collapsed, admitted
+) -> pd.DataFrame:  # task, metric, seeds, head alone, best habit, its score, gain and sd, collapsed, admitted
     "One row per task: what there is to win over the head alone, how far seeds lie apart, and the verdict."
     rows, fallen = [], collapsed(scores)
     for task, part in scores.groupby("task", sort=False):
@@ -103,5 +103,6 @@ def admission(
         rows.append({"task": task, "metric": part.metric.iloc[0], "seeds": len(over_seeds),
                      "head alone": 100 * means[HEAD], "best habit": best, "score": 100 * habits[best],
                      "gain": 100 * gain, "sd": 100 * sd, "trainings": len(part),
-                     "collapsed": int(fallen[part.index].sum()), "admitted": _verdict(gain, sd, len(over_seeds))})
+                     "collapsed": int(fallen[part.index].sum()),
+                     "admitted": _verdict(gain, sd, len(over_seeds))})
     return pd.DataFrame(rows)

@@ -22,6 +22,7 @@ from itertools import repeat
 
 import torch
 import transformers
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
@@ -93,7 +94,7 @@ class Stepper(Stateful):
 
     def __init__(self,
                  weights: Iterable[nn.Parameter],
-                 lr: float | Sequence[float],  # highest rate, of the first step after the warm-up; or one for each
+                 lr: float | Sequence[float],  # highest rate, that after the warm-up; or one for each weight
                  clip: float,  # largest norm of the gradient
                  n_steps: int,  # until the rate is 0
                  n_warmup: int = 0,  # of them, while the rate rises from 0
@@ -107,16 +108,6 @@ class Stepper(Stateful):
                                 for rate, group in groups.items()], weight_decay=0.0, fused=True)
         self.schedule = transformers.get_linear_schedule_with_warmup(self.optimizer, n_warmup, n_steps)
 
-    @property
-    def lr(self) -> float | list[float]:
-        "Rate of the next step; one for each weight where they differ."
-        first, *others = self.schedule.get_last_lr()
-        if not others:
-            return first
-        of = {weight: group["lr"] for group in self.optimizer.param_groups for weight in group["params"]}
-        rates = {weight: of[bundle.vector] for bundle in self.bundles for weight in bundle.weights}
-        return [rates[weight] for weight in self.weights]
-
     def step(self, grads: Iterable[Tensor]) -> None:
         "Move each weight against its gradient, clipped; `FloatingPointError` where one is not finite."
         grads = dict(zip(self.weights, grads, strict=True))
@@ -128,6 +119,17 @@ class Stepper(Stateful):
         self.optimizer.zero_grad()
         for bundle in self.bundles:
             bundle.give()
+
+# %% ../../nbs/learn/02_optim.ipynb #optim-lr
+@patch(as_prop=True)
+def lr(self: Stepper) -> float | list[float]:
+    "Rate of the next step; one for each weight where they differ."
+    first, *others = self.schedule.get_last_lr()
+    if not others:
+        return first
+    of = {weight: group["lr"] for group in self.optimizer.param_groups for weight in group["params"]}
+    rates = {weight: of[bundle.vector] for bundle in self.bundles for weight in bundle.weights}
+    return [rates[weight] for weight in self.weights]
 
 # %% ../../nbs/learn/02_optim.ipynb #optim-paces-1
 def stepper_for(config: LoopConfig, weights: Iterable[nn.Parameter], paces: Iterable[Pace]) -> Stepper:

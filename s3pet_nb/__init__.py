@@ -13,6 +13,7 @@
 - `s3pet_nb.lab.example`: A small finished run, made of plain numbers, to try figures and pages on
 - `s3pet_nb.lab.experiment`: What the templates share: a task and its backbone, structures to compare with, and how a run was run
 - `s3pet_nb.lab.explore`: Finished runs side by side: one search under any budget, structures compared, averages and sweeps
+- `s3pet_nb.lab.ground`: At which rates each kind of module learns, and on which tasks structures can differ
 - `s3pet_nb.lab.live`: A run that is watched while it goes on, and steered
 - `s3pet_nb.lab.log`: A log that grows: what it has said since the last look, kept small
 - `s3pet_nb.lab.page`: A page of a run, a page of a study, and an index of all: each draws without a network
@@ -29,7 +30,7 @@
 - `s3pet_nb.learn.compute`: How a pass is run, where, and what it costs
 - `s3pet_nb.learn.learner`: One training loop for searching and for training; what watches it, and what brings it back
 - `s3pet_nb.learn.optim`: AdamW for many small weights: clipped, with a rate that falls, and stepped as one vector
-- `s3pet_nb.learn.protocol`: How a paper trains and scores, by name
+- `s3pet_nb.learn.protocol`: How long and at which rates a training goes, by name
 - `s3pet_nb.learn.prune`: Prune-search: train everything once, score every parameter on the way, keep what the budget pays for
 - `s3pet_nb.learn.search`: S3PET: which modules deserve the budget, learned by gradient
 - `s3pet_nb.learn.train`: Train a structure from new weights, and what it is compared with

@@ -19,10 +19,10 @@ What this module does not do: it computes nothing, and holds neither defaults no
 # %% auto #0
 __all__ = ['core', 'backbones', 'peft', 'data', 'checks', 'log', 'pages', 'pool', 'ray', 'runs', 'share', 'store', 'studies',
            'app', 'Out', 'Task', 'Backbone', 'Budget', 'Seed', 'DataDir', 'RetrainSteps', 'Settings', 'REPORTS',
-           'ALONE', 'HEAD_OF', 'say', 'one_sentence', 'read_as', 'assignments', 'Later', 'plain_table', 'show',
-           'closing_table', 'plan_table', 'plan_text', 'command', 'whole_path', 'run_one', 'demo', 'search', 'prune',
-           'backend_named', 'watching', 'close_study', 'study_with', 'study', 'run_jobs', 'tasks', 'lab', 'export',
-           'write_trained', 'transfer', 'rebuild', 'main']
+           'Quick', 'Standard', 'Paper', 'ALONE', 'HEAD_OF', 'say', 'one_sentence', 'read_as', 'assignments', 'Later',
+           'plain_table', 'show', 'closing_table', 'plan_table', 'plan_text', 'command', 'whole_path', 'of_length',
+           'run_one', 'demo', 'search', 'prune', 'backend_named', 'watching', 'close_study', 'study_with', 'study',
+           'run_jobs', 'tasks', 'lab', 'export', 'write_trained', 'transfer', 'rebuild', 'main']
 
 # %% ../nbs/cli.ipynb #cli-003
 import ast
@@ -156,7 +156,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Out = Annotated[Path, typer.Option(help="Folder of all reports.")]
 Task = Annotated[str, typer.Option(help="Such as glue/cola, or a file of your own rows.")]
 Backbone = Annotated[str, typer.Option(help="Hub name, folder, or minilm.")]
-Budget = Annotated[float, typer.Option(help="Share of the backbone below 1, else a count.")]
+Budget = Annotated[float, typer.Option(help="Share of the backbone below 1, else a count; 5 % of the space.")]
 Seed = Annotated[int, typer.Option(help="Seed of data order, gates and weights.")]
 DataDir = Annotated[Path, typer.Option(help="Folder with the task's files instead of the hub.")]
 RetrainSteps = Annotated[int, typer.Option(help="Steps of each re-training.")]
@@ -174,16 +174,31 @@ def whole_path(task: str) -> str:
     known = task in core.names_in("s3pet_nb.data.task:TASKS")
     return task if known or not Path(task).exists() else str(Path(task).absolute())
 
+# %% ../nbs/cli.ipynb #cli-length
+Quick = Annotated[bool, typer.Option("--quick", help="Short trainings: minutes on two cores with MiniLM.")]
+Standard = Annotated[bool, typer.Option("--standard", help="Four times as long; this is the default.")]
+Paper = Annotated[bool, typer.Option("--paper", help="The paper's numbers, all of them.")]
+
+
+def of_length(name: str, quick: bool, standard: bool, paper: bool) -> str:
+    "The study of this name and length; `ValueError` where two lengths are asked for."
+    lengths = {"quick": quick, "standard": standard, "paper": paper}
+    asked = [length for length, given in lengths.items() if given]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(f'--{length}' for length in asked)} do not go together; give one")
+    return name if asked in ([], ["standard"]) else f"{name}-{asked[0]}"
+
 # %% ../nbs/cli.ipynb #cli-run
 def run_one(study_name: str, out: Path, settings: list[str], task: str | None = None,
-            data_dir: Path | None = None, **options: object) -> None:
+            data_dir: Path | None = None, quick: bool = False, standard: bool = False, paper: bool = False,
+            **options: object) -> None:
     "Lay the options that are not None over a study, by their names, run it and show what came out."
-    start = studies.study(study_name)
+    start = studies.study(of_length(study_name, quick, standard, paper))
     options |= {"data_dir": data_dir and str(data_dir.absolute()), "task": task and whole_path(task)}
     given = {name: value for name, value in options.items() if value is not None}
     params = start.params | given | assignments(settings, studies.parameters(start.template))
     studies.check(start.template, studies.resolve(start.template, params))
-    run = runs.execute(start.template, params, out, start.name, stderr=sys.stderr)
+    run = runs.execute(start.template, params, out, store.home(out, start).name, stderr=sys.stderr)
     page = pages.report(run)
     pages.index(out)
     show(closing_table(run.result))
@@ -202,20 +217,22 @@ def demo(out: Out = REPORTS, seed: Seed = 0, settings: Settings = []) -> None:
 # %% ../nbs/cli.ipynb #cli-search
 @command()
 def search(
-    task: Task, backbone: Backbone = None, budget: Budget = None, seed: Seed = 0, data_dir: DataDir = None,
+    task: Task, quick: Quick = False, standard: Standard = False, paper: Paper = False,
+    backbone: Backbone = None, budget: Budget = None, seed: Seed = 0, data_dir: DataDir = None,
     space: Annotated[str, typer.Option(help="Search space, such as mix or lora.")] = None,
     gate: Annotated[str, typer.Option(help="Such as global, local or hard-concrete.")] = None,
     order: Annotated[str, typer.Option(help="Of the hypergradient: first, central, auto …")] = None,
     search_steps: Annotated[int, typer.Option("--steps", help="Steps of the search.")] = None,
     retrain_steps: RetrainSteps = None, out: Out = REPORTS, settings: Settings = [],
 ) -> None:
-    "Search, re-train and compare on one task; what is not given comes from the study 'search'."
+    "Search, re-train and compare on one task; what is not given comes from the study of the length."
     run_one("search", **locals())
 
 # %% ../nbs/cli.ipynb #cli-prune
 @command()
 def prune(
-    task: Task, backbone: Backbone = None, budget: Budget = None, seed: Seed = 0, data_dir: DataDir = None,
+    task: Task, quick: Quick = False, standard: Standard = False, paper: Paper = False,
+    backbone: Backbone = None, budget: Budget = None, seed: Seed = 0, data_dir: DataDir = None,
     space: Annotated[str, typer.Option(help="What is pruned, such as bias or mam.")] = None,
     granularity: Annotated[str, typer.Option(help="structured or unstructured.")] = None,
     criterion: Annotated[str, typer.Option(help="Such as first-order, magnitude or random.")] = None,
@@ -223,7 +240,7 @@ def prune(
                                              help="Steps before each pruning; 0: the protocol's.")] = None,
     retrain_steps: RetrainSteps = None, out: Out = REPORTS, settings: Settings = [],
 ) -> None:
-    "Train a whole space, prune it, re-train and compare; what is not given comes from the study 'prune'."
+    "Train a whole space, prune it, re-train and compare; what is not given is the length's study's."
     run_one("prune", **locals())
 
 # %% ../nbs/cli.ipynb #cli-backend

@@ -57,7 +57,7 @@ def blueprint_for(
     asked = task_for(task, rules)
     asked.load(data_dir or None, seed, rules.split_rule(asked.name))
     for name, number in steps.items():
-        if not number and asked.name not in (rules.retrain if name == "retrain_steps" else rules.search):
+        if not number and not rules.covers(asked.name, "retrain" if name == "retrain_steps" else "search"):
             raise ValueError(f"protocol {protocol!r} has no epochs for task {asked.name!r}; give {name}")
     how = FORMS[form](asked) if form else form_of(asked, backbone)
     return blueprint(backbone, how.head, how.n_labels)

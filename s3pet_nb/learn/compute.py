@@ -18,9 +18,9 @@ __all__ = ['PRECISIONS', 'Score', 'RSS_UNIT', 'Compute', 'Groups', 'my_share', '
 # %% ../../nbs/learn/01_compute.ipynb #compute-003
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 import transformers
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..core import check_counts, check_names, evaluating, to_device
 from .learner import Stateful, Stream
 from ..model.backbone import checkpointing
+from ..model.pet import PACES
 
 # %% ../../nbs/learn/01_compute.ipynb #learner-034
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
@@ -137,6 +138,8 @@ class LoopConfig:
     steps: int = 1000
     lr: float = 3e-4  # of the weights: AdamW, linear decay to 0; in a search also xi, of the virtual step
     _: KW_ONLY
+    rates: Mapping[str, float] = field(default_factory=dict)  # by kind of `PACES`, where not `lr`
+    warmup: float = 0.0  # share of the steps in which the rates rise linearly from 0
     clip: float = 2.0  # largest norm of each gradient; infinite for none
     evaluate_every: int = 100  # steps between two scores on validation data
     dropout: bool = True  # the backbone's own; short runs on a frozen backbone learn much sooner without
@@ -145,6 +148,9 @@ class LoopConfig:
 
     def __post_init__(self):
         check_counts(steps=self.steps, evaluate_every=self.evaluate_every)
+        check_names("kind of rate", self.rates, PACES)
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}; give a share of the steps, from 0 to below 1")
 
 # %% ../../nbs/learn/01_compute.ipynb #compute-n03
 @contextmanager

@@ -176,7 +176,7 @@ class ScoredStep(TrainStep):
     remembered = (*TrainStep.remembered, "total", "draw", "done")
 
     def __init__(self, gated: GatedModel, config: TrainConfig, criterion: Criterion, average_over: int = 0):
-        super().__init__(gated, gated.trainable(), config, gated.space.digest)
+        super().__init__(gated, gated.trainable(), gated.paces(), config, gated.space.digest)
         if not 0 <= average_over <= config.steps:
             raise ValueError(f"average_over is {average_over}; "
                              f"give 0 for all steps, or 1 to {config.steps:,}")

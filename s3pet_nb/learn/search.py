@@ -41,7 +41,7 @@ from .compute import (Compute, Groups, LoopConfig, Score, average, cost, evaluat
                                     negative_loss, own_noise, training)
 from .learner import (Callback, Checkpoint, Evaluate, Learner, Log, Progress, Stateful,
                                     check_finite)
-from .optim import Stepper
+from .optim import Stepper, stepper_for
 from ..model.budget import check_budget, resolve_budget
 from ..model.gate import Gate, ShiftedSigmoid, gate_record
 from ..model.space import GatedModel, SearchSpace, attach, describe
@@ -74,7 +74,7 @@ class SearchStep(Stateful):
         self.measure = "second" if config.compute.precision == "float32" else "central"
         self.auto = Auto(config.measure_every, measure=self.measure) if order == "auto" else None
         self.delta = list(gated.trainable().values())
-        self.step_delta = Stepper(self.delta, config.lr, config.clip, config.steps)
+        self.step_delta = stepper_for(config, self.delta, gated.paces().values())
         self.step_alpha = Stepper([gated.alpha], config.alpha_lr, config.clip, config.steps)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.done, self.passes = 0, 0

@@ -31,8 +31,10 @@ from .compute import (Groups, LoopConfig, Score, average, cost, evaluated, loss_
                                     negative_loss, own_noise, training)
 from .learner import (Callback, Checkpoint, Evaluate, Learner, Log, Progress, Stateful,
                                     check_finite)
-from .optim import Stepper
+from .optim import stepper_for
+from ..model.backbone import head_parameters
 from ..model.budget import resolve_budget
+from ..model.pet import Pace
 from ..model.space import BLOCK, LINEAR, NORM, SPACES, Rule, SearchSpace, lora_at, make_space
 from ..model.structure import Structure, select
 
@@ -42,13 +44,7 @@ class TrainConfig(LoopConfig):
     "Numbers of a training; the defaults are the paper's where it gives them (S3PET, B.2)."
 
     _: KW_ONLY
-    warmup: float = 0.0  # share of the steps in which the rate rises linearly to `lr`
     take: str = "best"  # whose weights are kept: those of the "best" or of the "last" evaluation
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is {self.warmup}; give a share of the steps, from 0 to below 1")
 
 # %% ../../nbs/learn/05_train.ipynb #train-008
 class TrainStep(Stateful):
@@ -59,11 +55,11 @@ class TrainStep(Stateful):
 
     remembered: tuple[str, ...] = ("stepper", "generator")
 
-    def __init__(self, model: nn.Module, weights: dict[str, Tensor], config: TrainConfig, digest: str = ""):
+    def __init__(self, model: nn.Module, weights: dict[str, Tensor], paces: dict[str, Pace],
+                 config: TrainConfig, digest: str = ""):
         self.model, self.weights, self.config, self.digest = model, weights, config, digest
         self.forward = config.compute.compiled(model)
-        self.stepper = Stepper(weights.values(), config.lr, config.clip, config.steps,
-                               round(config.warmup * config.steps))
+        self.stepper = stepper_for(config, weights.values(), paces.values())
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def about(self) -> dict:
@@ -151,8 +147,8 @@ def row(self: TrainResult, label: str, tests: Mapping[str, Mapping[str, float]])
         columns |= {split if split == "test" else f"test/{split}": score}
         columns |= {f"{metric}/{split}": value for metric, value in others}
     return {"label": label, "structure": self.structure.method if self.structure else label,
-            "modules": len(self.structure) if self.structure else None,
-            "n_params": self.structure.n_params if self.structure else self.n_trained,
+            "modules": None if self.structure is None else len(self.structure),
+            "n_params": self.n_trained,
             "head_params": self.n_head, "validation": self.score, **columns,
             "steps": self.steps, "seconds": self.seconds}
 
@@ -195,7 +191,7 @@ def retrain(
 ) -> TrainResult:
     "Train `structure`'s modules, and the head, from new weights; `FloatingPointError` for a broken loss."
     with structure.apply(model, seed=config.seed) as gated:
-        step = TrainStep(gated, gated.trainable(), config, gated.space.digest)
+        step = TrainStep(gated, gated.trainable(), gated.paces(), config, gated.space.digest)
         trained = fit(step, model, (loader, loader_val), score, label, callbacks, log, checkpoint)
     return replace(trained, structure=structure)
 
@@ -213,7 +209,9 @@ def finetune(
 ) -> TrainResult:
     "Train every weight of `model`; `result.tensors` are the whole trained weights."
     with kept(model), evaluating(model):
-        step = TrainStep(model, dict(model.named_parameters()), config)
+        weights, head = dict(model.named_parameters()), head_parameters(model)
+        paces = {name: Pace("head" if name in head else "backbone") for name in weights}
+        step = TrainStep(model, weights, paces, config)
         return fit(step, model, (loader, loader_val), score, label, callbacks, log, checkpoint)
 
 # %% ../../nbs/learn/05_train.ipynb #train-022
@@ -257,6 +255,7 @@ def baseline(name: str, *rules: Rule) -> None:
 
 
 QV = ("q", "v", "qkv")  # where q and v are one product with k, that product
+baseline("head-alone")
 baseline("adapter", Rule("adapter", BLOCK, {"bottleneck": 24}))
 baseline("lora-r8", Rule("lora", QV, {"r": 8}))
 baseline("lora-r1", Rule("lora", QV))

@@ -42,7 +42,7 @@ from .backbone import Position, head_parameters, positions, shape_of
 from .budget import expected_size
 from .fuse import before_each_pass, fuse
 from .gate import Gate, ShiftedSigmoid
-from .pet import PET_MODULES, PETModule, Settings, check_settings
+from .pet import PET_MODULES, Pace, PETModule, Settings, check_settings
 
 # %% ../../nbs/model/05_space.ipynb #space-006
 LINEAR = ("q", "k", "v", "qkv", "o", "wi", "wi_0", "wi_1", "wo")
@@ -332,6 +332,14 @@ def trainable(self: GatedModel) -> dict[str, nn.Parameter]:
     delta = {f"{candidate.name}.{name}": weight for candidate, pet in zip(self.space.candidates, self.pets)
              for name, weight in pet.named_parameters()}
     return delta | {f"head.{name}": weight for name, weight in head_parameters(self.model).items()}
+
+
+@patch
+def paces(self: GatedModel) -> dict[str, Pace]:
+    "How each inner variable is stepped, by the same names."
+    delta = {f"{candidate.name}.{name}": pace for candidate, pet in zip(self.space.candidates, self.pets)
+             for name, pace in pet.paces().items()}
+    return delta | {f"head.{name}": Pace("head") for name in head_parameters(self.model)}
 
 
 @patch

@@ -115,7 +115,7 @@ def at_work(name: str, bench: Bench) -> Iterator[Work]:
                 step = ScoredStep(gated, bench.train_config, CRITERIA["first-order"])
                 yield lambda k: step([bench.batch(k)])
             else:
-                step = TrainStep(gated, gated.trainable(), bench.train_config)
+                step = TrainStep(gated, gated.trainable(), gated.paces(), bench.train_config)
                 yield lambda k: step([bench.batch(k)])
 
 

@@ -1,13 +1,20 @@
 "A task, a backbone and the loaders between them."
+import itertools
+
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.data.batch import loader
+from s3pet_nb.data.batch import loader, score
 from s3pet_nb.data.form import Head
 from s3pet_nb.data.rows import halves
-from s3pet_nb.data.setup import Setup
-from s3pet_nb.data.task import TASKS
+from s3pet_nb.data.setup import Setup, fitted, last_layer
+from s3pet_nb.data.task import TASKS, Task
 from s3pet_nb.model.backbone import load_backbone
 
 
@@ -38,7 +45,8 @@ def test_it_is_what_its_parts_give_one_by_one(setup):
     assert list(setup.tests) == ["test", "test_unseen"]
     assert same(setup.tests["test"], batches(rows.test))
     weights = setup.model.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items()
+               if name != "classifier.bias")
 
 
 def test_a_loader_begins_anew_when_it_is_asked_for_again(setup):
@@ -62,3 +70,63 @@ def test_a_task_of_ones_own_and_a_form_by_name(setup):
 def test_an_unknown_name_is_refused_before_the_backbone_is_loaded(given):
     with pytest.raises(UnknownName):
         Setup.of(backbone="/no/such/folder", **given)
+
+
+def test_a_new_head_is_that_of_the_seed_alone():
+    new = Setup.of("agreement", seed=3, n_train=60, n_eval=10, head="new")
+    model, _ = load_backbone("minilm", seed=3)
+    assert all(torch.equal(value, new.model.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def own(labels, **more):
+    "A setup of texts of our own with these labels."
+    texts = [f"{word} house {i}" for i, word in enumerate(itertools.islice(itertools.cycle("red old big".split()),
+                                                                          len(labels)))]
+    frame = pd.DataFrame({"text": texts, "label": labels})
+    return Setup.of(Task.of({"train": frame, "validation": frame, "test": frame}, "own", **more.pop("task", {})), **more)
+
+
+def test_the_prior_of_classes_is_the_log_of_their_shares():
+    layer = last_layer(own(["a"] * 90 + ["b"] * 9 + ["c"]).model)
+    shares = torch.softmax(layer.bias, 0)
+    assert shares.tolist() == pytest.approx([91 / 103, 10 / 103, 2 / 103], abs=1e-6)
+    assert layer.bias.mean().item() == pytest.approx(0, abs=1e-6)
+    assert not last_layer(own(["a", "b"] * 10).model).bias.any()
+
+
+def test_a_regression_starts_at_the_mean_and_in_the_spread_of_its_labels():
+    labels = [1.0, 2.0, 6.0, 3.5] * 5
+    prior, new = (own(labels, head=head, task={"metric": "pearson"}) for head in ("prior", "new"))
+    assert last_layer(prior.model).bias.item() == pytest.approx(np.mean(labels))
+    ratio = last_layer(prior.model).weight / last_layer(new.model).weight
+    assert ratio.detach().numpy() == pytest.approx(np.std(labels), rel=1e-5)
+
+
+@pytest.mark.parametrize("n_labels", [1, 2, 3])
+def test_what_is_fitted_says_what_scikit_learn_says(n_labels):
+    draw = np.random.default_rng(0)
+    X = draw.normal(3.0, [0.1, 2.0, 5.0], (300, 3))
+    target = X @ [4.0, 0.3, -0.1] - 12
+    labels = target if n_labels == 1 else np.digitize(target, [0.0] if n_labels == 2 else [-0.5, 0.5])
+    weight, bias = fitted(X, labels, n_labels)
+    assert weight.shape == (n_labels, 3) and bias.shape == (n_labels,)
+    outputs = X @ weight.T + bias
+    if n_labels == 1:
+        assert np.corrcoef(outputs[:, 0], labels)[0, 1] > 0.99 and abs(outputs.mean() - labels.mean()) < 1e-9
+    else:
+        plain = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1_000)).fit(X, labels)
+        chances = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
+        assert chances == pytest.approx(plain.predict_proba(X), abs=1e-9)
+
+
+def test_a_probe_reads_the_frozen_backbone_and_touches_the_head_alone():
+    plain, probed = (Setup.of("agreement", n_train=1_000, n_eval=200, head=head) for head in ("new", "probe"))
+    differ = {name for name, value in probed.model.state_dict().items()
+              if not torch.equal(value, plain.model.state_dict()[name])}
+    assert differ == {"classifier.weight", "classifier.bias"}
+    assert score(probed.model, probed.validation) > 0.58 > score(plain.model, plain.validation)
+
+
+def test_a_head_that_starts_in_another_way_is_refused():
+    with pytest.raises(UnknownName, match="unknown start of a head 'probed'; did you mean 'probe'"):
+        Setup.of("agreement", head="probed")

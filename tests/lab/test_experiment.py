@@ -3,12 +3,15 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.lab.experiment import (about, compared_with, machine_table, row_of, setup_for, sizes_table, task_for,
+from s3pet_nb.lab.experiment import (about, ahead, budget_for, budget_text, compared_with, config_for, machine_table,
+                                     pass_seconds, recipe_for, row_of, scoring, setup_for, sizes_table, task_for,
                                      value_table)
 from s3pet_nb.lab.store import Run
-from s3pet_nb.learn.protocol import PROTOCOLS
+from s3pet_nb.learn.compute import Compute
+from s3pet_nb.learn.protocol import PROTOCOLS, RECIPES
 from s3pet_nb.learn.train import BASELINES, TrainConfig, random_structure, retrain
 from s3pet_nb.model.backbone import blueprint
 from s3pet_nb.model.space import make_space
@@ -55,6 +58,45 @@ def test_a_protocol_may_score_a_task_in_its_own_way(own_rows):
     assert task_for(own_rows, RULES).metric == "accuracy"
     assert task_for(own_rows, rules).metric == "f1"
     assert setup_for(own_rows, "minilm", rules, "cpu").task.metric == "f1"
+
+
+def test_a_budget_is_a_share_of_the_space_where_none_is_given(setup):
+    space = make_space(setup.model, "mix")
+    assert budget_for(space) == int(0.05 * space.n_params) and budget_for(space, share=1.0) == space.n_params
+    assert budget_for(space, 1e-3, share=0.5) == int(1e-3 * space.n_backbone)
+    assert budget_text(4_358, space) == ("The budget is 4,358 parameters: 5.0% of the space, "
+                                         "0.019% of the backbone.")
+    for share in (0.0, 1.5, -0.1):
+        with pytest.raises(ValueError, match=f"share is {share}; give a share of the space above 0"):
+            budget_for(space, share=share)
+
+
+def test_a_protocol_says_what_a_training_is_not_told(setup):
+    quick = PROTOCOLS["quick"]
+    left = config_for(replace(setup, batch_size=16), quick, 1e-4, compute=Compute(accumulate=2))
+    assert (left.steps, left.evaluate_every, left.take) == (quick.examples // 32, 15, "best")
+    assert left.rates == RECIPES[quick.recipe].rates
+    told = config_for(setup, quick, 1e-4, steps=7, lr=0.5, evaluate_every=3, seed=9)
+    assert (told.steps, told.lr, told.rates, told.evaluate_every, told.seed) == (7, 0.5, {}, 3, 9)
+    assert recipe_for(RULES, "") is None and recipe_for(RULES, "even") == RECIPES["even"]
+
+
+def test_the_time_ahead_is_passes_times_seconds_and_names_what_is_shorter(setup):
+    config = config_for(setup, PROTOCOLS["quick"], 1e-4, steps=60, evaluate_every=20)
+    assert scoring(setup, config) == pytest.approx(16 * 3 / (setup.batch_size or setup.task.batch_size) / 3)
+    passes = {"the search": 120, "4 trainings": 240}
+    assert ahead(0.5, passes, "quick") == ("This takes about 3 min 0 s on this machine: the search 1 min 0 s, "
+                                           "4 trainings 2 min 0 s.")
+    assert "--quick takes about a quarter" in ahead(0.5, passes, "standard")
+    assert "--standard and --quick are shorter" in ahead(0.5, passes, "s3pet")
+
+
+def test_timing_a_pass_leaves_model_and_random_numbers_as_they_were(setup):
+    before = {name: weight.clone() for name, weight in setup.model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    assert pass_seconds(setup, make_space(setup.model, "bias")) > 0
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(weight, before[name]) for name, weight in setup.model.state_dict().items())
 
 
 def test_sizes_are_by_split(setup):

@@ -20,8 +20,15 @@ EQUAL = ["S3PET", "prune-search", "prune-search of modules"]
 ALL = {  # name: runs, tasks, seeds, methods, budgets
     "agreement": (5, 1, 5, [""], [2e-4]),
     "demo": (1, 1, 1, [""], [2e-4]),
-    "search": (1, 1, 1, [""], [1e-3]),
-    "prune": (1, 1, 1, [""], [2e-4]),
+    "search": (1, 1, 1, [""], [0.0]),
+    "search-quick": (1, 1, 1, [""], [0.0]),
+    "search-paper": (1, 1, 1, [""], [1.389e-4]),
+    "prune": (1, 1, 1, [""], [0.0]),
+    "prune-quick": (1, 1, 1, [""], [0.0]),
+    "prune-paper": (1, 1, 1, [""], [7e-5]),
+    "calibrate": (180, 4, 3, ["modules", "head", "A"], [0.0]),
+    "admit": (90, 9, 5, ["habits and 5 %", "20 %"], [0.0]),
+    "reference": (21, 7, 3, [""], [0.0]),
     "s3pet-table-2": (168, 14, 4, SEARCHED, [25670, 102458]),
     "s3pet-figure-2": (336, 3, 8, SEARCHED[:2], SWEEP),
     "s3pet-table-3": (28, 7, 4, ["transfer", "no transfer"], [102458]),
@@ -55,8 +62,10 @@ LOOKS_AT = {  # a study without runs of its own: whose runs it looks at
 }
 # studies that keep their runs with those of another one, as some are the same
 SHARED = {"small-table-2": "small-figure-2", "small-equal-budgets": "small-figure-2"}
+COMMANDS = {f"{command}-{length}": command for command in ("search", "prune") for length in ("quick", "paper")}
 SMALL = [name for name in ALL if name.startswith("small-")]
-PAPERS = [name for name in ALL if name.startswith(("s3pet-", "prune-"))] + ["equal-budgets"]
+PAPERS = [name for name in ALL if name.startswith(("s3pet-", "prune-")) and name not in COMMANDS]
+PAPERS.append("equal-budgets")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +138,7 @@ def test_a_paper_study_leaves_the_protocol_to_the_protocol(asked, name):
 
 def test_runs_are_looked_for_where_they_are():
     folders = {name: study(name).folder for name in ALL if study(name).folder}
-    assert folders == SHARED | {name: SHARED.get(theirs, theirs) for name, theirs in LOOKS_AT.items()}
+    assert folders == COMMANDS | SHARED | {name: SHARED.get(theirs, theirs) for name, theirs in LOOKS_AT.items()}
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -137,7 +137,8 @@ class Problem:
     def through_the_step(self, keep_graph):
         "grad_alpha L_alpha with the virtual step inside the graph, or with its result as a constant."
         gradients = torch.autograd.grad(self.loss(0, self.trained), self.delta, create_graph=keep_graph)
-        virtual = {name: d - self.xi * g for (name, d), g in zip(self.trained.items(), gradients)}
+        rates = [self.xi] * len(self.delta) if isinstance(self.xi, float) else self.xi
+        virtual = {name: d - xi * g for (name, d), g, xi in zip(self.trained.items(), gradients, rates)}
         return torch.autograd.grad(self.loss(1, virtual), self.alpha)[0]
 
 
@@ -159,6 +160,22 @@ def test_a_gated_network_against_autograd_through_the_whole_step(seed):
         assert torch.equal(result.direct, first.direct)
         assert torch.equal(result.alpha_grad, first.direct - result.mixed)
     assert relative(problem.hypergrad("exact").alpha_grad, total) < 1e-11
+
+
+def test_a_rate_of_its_own_for_each_weight_against_autograd_through_the_whole_step():
+    problem = Problem(0, xi=[0.2, 0.01, 0.05, 0.0])
+    total, direct = problem.through_the_step(True), problem.through_the_step(False)
+    assert (direct - total).norm() > 1e-3 * direct.norm()
+    assert relative(problem.hypergrad("first").alpha_grad, direct) < 1e-12
+    assert relative(problem.hypergrad("exact").alpha_grad, total) < 1e-11
+    for order, tolerance in (("central", 1e-3), ("second", 5e-2)):
+        assert relative(problem.hypergrad(order).mixed, direct - total) < tolerance
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_equal_rates_for_all_weights_are_one_rate(order):
+    one, each = Problem(0, xi=0.05), Problem(0, xi=[0.05] * 4)
+    assert relative(each.hypergrad(order).alpha_grad, one.hypergrad(order).alpha_grad) < 1e-9
 
 
 def test_the_central_difference_is_nearer_than_the_one_sided():

@@ -4,8 +4,10 @@ import math
 import pytest
 import torch
 
+from s3pet_nb.learn.compute import LoopConfig
 from s3pet_nb.learn.learner import load_state, save_state
-from s3pet_nb.learn.optim import SMALL, Bundle, Stepper, bundles
+from s3pet_nb.learn.optim import SMALL, Bundle, Stepper, bundles, stepper_for
+from s3pet_nb.model.pet import Pace
 
 
 def small_and_large(*kinds) -> list[torch.nn.Parameter]:
@@ -35,13 +37,52 @@ def test_weights_stepped_together_go_where_each_would_go_alone(clip, kind, far):
         assert (weight - other).abs().max() < far and weight.grad is None
 
 
-def test_a_stepper_goes_on_from_what_the_weights_are_with_the_same_bits():
+def test_weights_at_three_rates_go_where_each_would_go_alone_under_one_clip():
+    "A group of the plain AdamW for each weight; three rates in turn."
+    kind, draw = torch.float64, torch.Generator().manual_seed(1)
+    weights, plain = small_and_large(kind), small_and_large(kind)
+    rates = [0.01, 0.03, 0.1] * 2
+    stepper = Stepper(weights, lr=rates, clip=0.5, n_steps=20, n_warmup=4)
+    optimizer = torch.optim.AdamW([{"params": [weight], "lr": rate} for weight, rate in zip(plain, rates)],
+                                  weight_decay=0.0, foreach=False)
+    assert len(stepper.optimizer.param_groups) == 3
+    for step in range(20):
+        for group, rate in zip(optimizer.param_groups, stepper.lr):
+            group["lr"] = rate
+        grads = [torch.randn(weight.shape, generator=draw, dtype=weight.dtype) for weight in weights]
+        for weight, grad in zip(plain, grads):
+            weight.grad = grad.clone()
+        torch.nn.utils.clip_grad_norm_(plain, 0.5)
+        optimizer.step()
+        stepper.step(grads)
+    for weight, other in zip(weights, plain):
+        assert (weight - other).abs().max() < 1e-14
+
+
+def test_one_rate_for_all_is_one_group_with_the_same_bits_as_that_rate_for_each():
+    weights, others = small_and_large(), small_and_large()
+    one, each = Stepper(weights, 0.1, 2.0, 6), Stepper(others, [0.1] * len(others), 2.0, 6)
+    assert one.lr == each.lr == 0.1 and len(each.optimizer.param_groups) == 1
+    for stepper in one, each:
+        stepper.step([torch.ones_like(weight) for weight in stepper.weights])
+    assert all(map(torch.equal, weights, others))
+
+
+def test_a_loop_steps_each_kind_at_its_rate_and_what_has_none_at_the_one_rate():
+    weights = small_and_large(torch.float32)
+    paces = [Pace("A", 0.5), Pace("B"), Pace("vector"), Pace("A"), Pace("B", 2.0), Pace("norm")]
+    config = LoopConfig(steps=10, lr=0.7, rates={"A": 0.1, "B": 0.2})
+    assert stepper_for(config, weights, paces).lr == [0.05, 0.2, 0.7, 0.1, 0.4, 0.7]
+
+
+@pytest.mark.parametrize("lr, n_vectors", [(0.1, 4), ([0.1, 0.2, 0.3] * 4, 8)])
+def test_a_stepper_goes_on_from_what_the_weights_are_with_the_same_bits(lr, n_vectors):
     draw = torch.Generator().manual_seed(1)
     grads = [[torch.randn(weight.shape, generator=draw, dtype=weight.dtype) for weight in small_and_large()]
              for _ in range(6)]
     weights, again = small_and_large(), small_and_large()
-    assert len(Stepper(weights, lr=0.1, clip=2.0, n_steps=6).vectors) == 4
-    whole, first, second = (Stepper(each, lr=0.1, clip=2.0, n_steps=6) for each in (weights, again, again))
+    assert len(Stepper(weights, lr=lr, clip=2.0, n_steps=6).vectors) == n_vectors
+    whole, first, second = (Stepper(each, lr=lr, clip=2.0, n_steps=6) for each in (weights, again, again))
     for each in grads:
         whole.step([grad.clone() for grad in each])
     for each in grads[:3]:

@@ -22,6 +22,7 @@ from s3pet_nb.model.space import make_space
 from s3pet_nb.model.structure import Structure
 
 STOPS = 28  # where the early stop comes, of 60 steps
+RATES = {"A": 0.3, "B": 0.2, "norm": 3e-2, "backbone": 1e-3}  # those of other kinds are lr
 CLOCK = "seconds", "memory_mb"  # what two runs of one question do not share
 
 
@@ -44,7 +45,7 @@ def whole_search(folder: Path) -> None:
     result = search(model, make_space(model), shuffled(20, 1, draw), shuffled(36, 2, draw),
                     DataLoader(rows(8, 3), 4), budget=200, order="auto", log=run,
                     gate=Annealed(ShiftedSigmoid(), beta=geometric(1.0, 0.2)),
-                    config=SearchConfig(60, lr=1e-2, evaluate_every=4, measure_every=7),
+                    config=SearchConfig(60, lr=1e-2, rates=RATES, warmup=0.1, evaluate_every=4, measure_every=7),
                     callbacks=[EarlyStop(rounds=3, similar=0.6, checks=15, floor=0), EarlyStop(rounds=50)],
                     checkpoint=Checkpoint(run.checkpoint("search"), every=5))
     result.structure().save(folder / "structure.json")
@@ -55,7 +56,7 @@ def whole_search(folder: Path) -> None:
 def whole_pruning(folder: Path) -> None:
     "Two rounds and a re-training, with dropout, a shuffling loader and a criterion that draws."
     model, run = tiny("bert"), Run(folder)
-    config = TrainConfig(12, lr=1e-2, warmup=0.2, take="last", evaluate_every=5)
+    config = TrainConfig(12, lr=1e-2, rates=RATES, warmup=0.2, take="last", evaluate_every=5)
     result = prune_search(model, make_space(model, "mam"), shuffled(20, 1), DataLoader(rows(8, 3), 4),
                           budget=[900, 200], criterion="random", config=PruneConfig(config, average_over=7),
                           callbacks=(), log=run,
@@ -223,7 +224,7 @@ def test_a_training_goes_on_with_the_same_bits(train, tmp_path):
     path = tmp_path / "training.safetensors"
 
     def run(log, score, checkpoint=None):
-        config = TrainConfig(12, lr=1e-2, evaluate_every=3)
+        config = TrainConfig(12, lr=1e-2, rates=RATES, evaluate_every=3)
         more = {"callbacks": (), "log": log, "checkpoint": checkpoint}
         if train == "finetune":
             return finetune(model, shuffled(28, 1), None, score, config, **more)

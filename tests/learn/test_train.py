@@ -73,7 +73,7 @@ def test_the_first_step_of_a_warm_up_moves_nothing(model):
     for warmup in (0.0, 0.4):
         with structure.apply(model) as gated:
             config = TrainConfig(steps=5, lr=1e-2, warmup=warmup)
-            step = TrainStep(gated, gated.trainable(), config)
+            step = TrainStep(gated, gated.trainable(), gated.paces(), config)
             before = step.snapshot()
             step(rows(model)[:1])
             moved.append(not all(torch.equal(weight, before[name]) for name, weight in step.snapshot().items()))
@@ -87,8 +87,8 @@ def test_accumulated_batches_have_the_gradient_of_one_of_all_rows(model):
     both = {name: torch.cat([one[name], other[name]]) for name in one}
     with random_structure(make_space(model), 400, 0).apply(model) as gated:
         gated.train(False)
-        plain = TrainStep(gated, gated.trainable(), TrainConfig())
-        halves = TrainStep(gated, gated.trainable(), TrainConfig(compute=Compute(accumulate=2)))
+        plain = TrainStep(gated, gated.trainable(), gated.paces(), TrainConfig())
+        halves = TrainStep(gated, gated.trainable(), gated.paces(), TrainConfig(compute=Compute(accumulate=2)))
         grads, loss = plain.gradients([both])
         parts, mean = halves.gradients([one, other])
     assert mean == pytest.approx(loss, rel=1e-5)

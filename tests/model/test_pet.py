@@ -5,7 +5,7 @@ from torch import nn
 
 from s3pet_nb.core import UnknownName, n_params
 from s3pet_nb.model.backbone import Position, positions, tiny
-from s3pet_nb.model.pet import PET_MODULES, LoRA, PETModule, Sparse, check_settings
+from s3pet_nb.model.pet import PACES, PET_MODULES, LoRA, PETModule, Sparse, check_settings
 from variants import drawn, zeros_beside
 
 HERE = {"linear": Position("wi", "wi", "linear", 0, "encoder", 12, 20, "wi"),
@@ -188,3 +188,31 @@ def test_a_size_is_that_of_the_weights_and_a_module_in_part_becomes_whole_again(
     filled = part.dense()
     assert type(filled) is type(whole) and not any(weight is None for weight in filled.parameters())
     torch.testing.assert_close(filled(h_in, h_out, z), whole(h_in, h_out, z))
+
+
+@pytest.mark.parametrize("module, settings", [("bitfit", {}), ("lora", {}), ("lora", {"r": 8}),
+                                              ("lora", {"r": 4, "lora_alpha": 4.0})])
+def test_a_step_of_its_pace_moves_delta_alike_whatever_the_scale_and_the_rank(module, settings):
+    "What starts at 0 moves by its factor, with a random sign in each entry, on inputs of unit variance."
+    torch.manual_seed(0)
+    place = Position("p", "q", "linear", 0, "encoder", 256, 128, "p")
+    pet = PET_MODULES[module](place, **settings)
+    for name, weight in pet.named_parameters():
+        if not weight.any():
+            weight.data = torch.randn_like(weight).sign() * pet.paces()[name].factor
+    h_in = torch.randn(500, place.d_in)
+    delta = pet(h_in, torch.randn(500, place.d_out), torch.tensor(1.0))
+    assert 0.4 < delta.square().mean().sqrt() < 1.1
+
+
+@pytest.mark.parametrize("name, kind, settings", SORTS)
+def test_every_weight_has_a_pace_also_where_it_is_kept_in_part(name, kind, settings):
+    position = HERE[kind]
+    whole = PET_MODULES[name](position, **settings)
+    paces = whole.paces()
+    assert list(paces) == [weight for weight, _ in whole.named_parameters()]
+    assert all(pace.kind in PACES and pace.factor > 0 for pace in paces.values())
+    masks = {weight: torch.rand(value.shape) > 0.3 for weight, value in whole.named_parameters()}
+    part = whole.pruned(masks)
+    assert part.paces().keys() == {weight for weight, _ in part.named_parameters()}
+    assert all(part.paces()[weight].kind == pace.kind for weight, pace in paces.items())

@@ -138,7 +138,8 @@ RECIPES = Registry("recipe")
 # %% ../../nbs/learn/07_protocol.ipynb #protocol-recipe-3
 EVEN = RECIPES.register("even")(Recipe({"A": 0.02, "B": 0.003, "vector": 0.003, "norm": 0.003,
                                        "adapter": 0.003, "head": 0.01, "backbone": 1e-4}))
-DEFAULT = RECIPES.register("default")(Recipe(EVEN.rates | {"B": 0.01, "norm": 0.01}))
+DEFAULT = RECIPES.register("default")(Recipe(EVEN.rates | {"B": 0.01, "vector": 0.002, "norm": 0.006,
+                                                                "adapter": 0.002}))
 
 # %% ../../nbs/learn/07_protocol.ipynb #protocol-recipe-6
 @patch

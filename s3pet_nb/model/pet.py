@@ -310,8 +310,7 @@ class Sparse(PETModule):
         super().__init__()
         _check_masks(module, masks)
         self.kinds, self.target, self.anchored = module.kinds, module.target, module.anchored
-        self._paces = module.paces()
-        self._whole, self._shapes = module, {}
+        self._whole, self._shapes, self._paces = module, {}, module.paces()
         for i, (name, weight) in enumerate(list(module.named_parameters())):
             index = masks[name].flatten().nonzero().squeeze(1)
             self.register_buffer(f"_index_{i}", index, persistent=False)

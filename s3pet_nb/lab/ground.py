@@ -34,21 +34,23 @@ def rates(
     if "times" not in scores:
         raise ValueError("no rate was varied; give the study's grid several values of times")
     frame = summary(scores).sort_values(["task", "row", "times"], kind="stable")
-    best = frame.groupby(["task", "row"])["mean"].transform("max")
+    highest = frame.groupby(["task", "row"])["mean"].transform("max")
+    best = frame["mean"] == highest
+    at = frame.times.where(best).groupby([frame.task, frame.row]).transform("min")
     columns = ["row", "times", "task", "seeds", "mean", "sd", "low", "high"]
-    return frame[columns].assign(best=frame["mean"] == best, breaks=frame["mean"] < best - FALL)
+    return frame[columns].assign(best=best, breaks=(frame["mean"] < highest - FALL) & (frame.times > at))
 
 # %% ../../nbs/lab/16_ground.ipynb #ground-008
 def rate_table(
     frame: pd.DataFrame,  # of `rates`
-) -> pd.DataFrame:  # row, task, best at, score there, not worse from, to, breaks at
+) -> pd.DataFrame:  # structure, task, best at, score there, within a point of it, breaks at
     "One row per structure and task: where it learns best, where about as well, and where it breaks."
     rows = []
     for (row, task), part in frame.groupby(["row", "task"], sort=False):
         best = part[part.best].iloc[0]
         near = part[part["mean"] >= best["mean"] - 0.01].times
-        rows.append({"structure": row, "task": task, "best at": best.times, "score": 100 * best["mean"],
-                     "within a point from": near.min(), "to": near.max(),
+        rows.append({"structure": row, "task": task, "best at": f"{best.times:g}",
+                     "score": 100 * best["mean"], "within a point": f"{near.min():g} to {near.max():g}",
                      "breaks at": ", ".join(f"{times:g}" for times in part[part.breaks].times) or "–"})
     return pd.DataFrame(rows)
 

@@ -98,9 +98,12 @@ class Later:
         return getattr(import_module(f"s3pet_nb.{self.module}"), name)
 
 
-core, backbones, peft, data = map(Later, ("core", "model.backbone", "model.peft", "data.task"))
-checks, log, pages, pool, ray, runs, share, store, studies = (Later(f"lab.{module}") for module in (
-    "checks", "log", "page", "pool", "ray", "run", "share", "store", "study"))
+core = Later("core")
+backbones, peft = Later("model.backbone"), Later("model.peft")
+data = Later("data.task")
+checks, log, pages = Later("lab.checks"), Later("lab.log"), Later("lab.page")
+pool, ray, runs = Later("lab.pool"), Later("lab.ray"), Later("lab.run")
+share, store, studies = Later("lab.share"), Later("lab.store"), Later("lab.study")
 
 # %% ../nbs/cli.ipynb #cli-026
 def plain_table(names: Mapping[str, str], rows: Iterable[Iterable[str]], **style: object) -> Table:

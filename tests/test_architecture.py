@@ -34,6 +34,8 @@ def imports(module: str) -> set[tuple[str, str]]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names if alias.name.startswith("s3pet_nb.")]
             seen |= {(name.removeprefix("s3pet_nb."), "") for name in names}
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Later":
+            seen |= {(node.args[0].value, "")}
         if not isinstance(node, ast.ImportFrom):
             continue
         if node.level:

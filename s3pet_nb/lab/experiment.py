@@ -132,15 +132,13 @@ def scoring(setup: Setup, config: LoopConfig) -> float:
     return rows / batch / 3
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-ahead
-def ahead(seconds: float,  # of a pass
-          phases: Mapping[str, float],  # passes by what they are for
+def ahead(phases: Mapping[str, float],  # seconds by what they are for
           protocol: str) -> str:
     "How long the phases take and together, in a sentence, and what makes them shorter."
-    parts = [f"{what} {duration(passes * seconds)}" for what, passes in phases.items()]
-    total = duration(sum(phases.values()) * seconds)
+    parts = ", ".join(f"{what} {duration(seconds)}" for what, seconds in phases.items())
     hint = {"quick": "", "standard": " --quick takes about a quarter of it."}.get(
         protocol, " --standard and --quick are shorter; they differ from the paper.")
-    return f"This takes about {total} on this machine: {', '.join(parts)}.{hint}"
+    return f"This takes about {duration(sum(phases.values()))} on this machine: {parts}.{hint}"
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-result
 def about(setup: Setup, space: SearchSpace, backbone: str) -> dict:

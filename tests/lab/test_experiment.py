@@ -84,11 +84,11 @@ def test_a_protocol_says_what_a_training_is_not_told(setup):
 def test_the_time_ahead_is_passes_times_seconds_and_names_what_is_shorter(setup):
     config = config_for(setup, PROTOCOLS["quick"], 1e-4, steps=60, evaluate_every=20)
     assert scoring(setup, config) == pytest.approx(16 * 3 / (setup.batch_size or setup.task.batch_size) / 3)
-    passes = {"the search": 120, "4 trainings": 240}
-    assert ahead(0.5, passes, "quick") == ("This takes about 3 min 0 s on this machine: the search 1 min 0 s, "
+    seconds = {"the search": 60.0, "4 trainings": 120.0}
+    assert ahead(seconds, "quick") == ("This takes about 3 min 0 s on this machine: the search 1 min 0 s, "
                                            "4 trainings 2 min 0 s.")
-    assert "--quick takes about a quarter" in ahead(0.5, passes, "standard")
-    assert "--standard and --quick are shorter" in ahead(0.5, passes, "s3pet")
+    assert "--quick takes about a quarter" in ahead(seconds, "standard")
+    assert "--standard and --quick are shorter" in ahead(seconds, "s3pet")
 
 
 def test_timing_a_pass_leaves_model_and_random_numbers_as_they_were(setup):

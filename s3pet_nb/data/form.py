@@ -9,7 +9,8 @@ A task says what is asked; a *form* says how. Which one fits depends on the back
 - a decoder reads the same source and a cue, and each label word is scored as its continuation (`words`).
 
 Every form answers in the task's own terms: the index of a class, a number, or a text. A generated text that
-is none of the label words is class -1, which no label equals.
+is none of the label words is class -1, which no label equals. Where several texts are right, a training has
+an entry for each of them.
 
 Where a row brings its own candidates, an encoder judges each of them for itself: the task's `choices` are
 pairs of texts, each pair is trained as right or wrong, and the one that is most surely right is the answer.
@@ -142,14 +143,14 @@ def words_of(task: Task, rows: Columns) -> list[Sequence[str]]:
     return rows[task.entities] if task.entities else [task.label_words] * len(rows[task.label])
 
 
-def targets(task: Task, rows: Columns) -> list[str]:
-    "The right word of each row, the first where several are right."
+def targets(task: Task, rows: Columns) -> list[list[str]]:
+    "The right words of each row, each once; one where labels are classes or numbers."
     labels = rows[task.label]
     if task.kind == "text":
-        return [right[0] for right in labels]
+        return [list(dict.fromkeys(right)) for right in labels]
     if task.kind == "number":
         labels = [round(round((label - task.bounds[0]) / task.step, 9)) for label in labels]
-    return [task.label_words[label] for label in labels]
+    return [[task.label_words[label]] for label in labels]
 
 # %% ../../nbs/data/04_form.ipynb #form-n03
 def best(task: Task, outcomes: np.ndarray, owners: np.ndarray, rows: Columns) -> np.ndarray:
@@ -285,11 +286,13 @@ class Text(Worded):
     name, head = "text", "seq2seq"
 
     def encode(self, rows: Columns, tokenizer: Tokenizer, max_length: int, training: bool = True) -> Columns:
-        "One entry a row: the source, and as labels the tokens of the right word."
+        "The source with each right word's tokens as labels; to be answered, with the first one's."
         ids = tokenizer(sources(self.task, rows), truncation=True, max_length=max_length).input_ids
         known_words(self.task, tokenizer)  # an error if two are alike
-        labels = answer_ids(tokenizer, targets(self.task, rows))
-        return {"input_ids": ids, "labels": labels, "row": list(range(len(ids)))}
+        right = [words if training else words[:1] for words in targets(self.task, rows)]
+        owners = [i for i, words in enumerate(right) for _ in words]
+        return {"input_ids": [ids[i] for i in owners], "labels": answer_ids(tokenizer, list(chain(*right))),
+                "row": owners}
 
     def longest(self, rows: Columns, tokenizer: Tokenizer) -> int:
         "Tokens of the longest word of any row, and its end."
@@ -349,17 +352,17 @@ class Words(Worded):
     cue = "\nanswer:"
 
     def encode(self, rows: Columns, tokenizer: Tokenizer, max_length: int, training: bool = True) -> Columns:
-        "The prompt with the right word, or with each word; labels are -100 but for the word and its end."
+        "The prompt with each right word, or with each word; labels are -100 but for the word and its end."
         words, right = words_of(self.task, rows), targets(self.task, rows)
-        ids = continuations(tokenizer, self.cue, list(dict.fromkeys(chain(*words, right))))
+        ids = continuations(tokenizer, self.cue, list(dict.fromkeys(chain(*words, *right))))
         apart(self.task.label_words, [tuple(ids[word]) for word in self.task.label_words])
         start, (cue, *texts) = start_of(tokenizer), ids_of(tokenizer, [self.cue, *sources(self.task, rows)])
         entries = {"input_ids": [], "labels": [], "row": []}
         for i, source in enumerate(texts):
-            longest = max((*words[i], right[i]), key=lambda word: len(ids[word]))
+            longest = max((*words[i], *right[i]), key=lambda word: len(ids[word]))
             taken = len(start) + len(cue) + len(ids[longest])
             prompt = start + room_for(source, max_length, taken, longest) + cue
-            answers = [ids[word] for word in ([right[i]] if training else words[i])]
+            answers = [ids[word] for word in (right[i] if training else words[i])]
             entries["input_ids"] += [prompt + answer for answer in answers]
             entries["labels"] += [[-100] * len(prompt) + answer for answer in answers]
             entries["row"] += [i] * len(answers)

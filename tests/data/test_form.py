@@ -111,11 +111,21 @@ def test_sources_are_written_as_t5_was_taught():
                                          (2.89, "2.8"), (2.5, "2.4"), (4.91, "5.0"), (5.0, "5.0")])
 def test_the_labels_of_stsb_are_on_a_grid(label, word):
     "As T5: round(label * 5) / 5 with one digit."
-    assert targets(TASKS["glue/stsb"], {"label": [label]}) == [word] == [f"{round(label * 5) / 5:.1f}"]
+    assert targets(TASKS["glue/stsb"], {"label": [label]}) == [[word]] == [[f"{round(label * 5) / 5:.1f}"]]
 
 
-def test_the_first_right_answer_is_the_target():
-    assert targets(OWN, ROWS) == ["queen", "girl", "girl", "boy"]
+@pytest.mark.parametrize("name", ["text", "words"])
+def test_every_right_answer_is_a_training_row(name):
+    rows = ROWS | {"right": [["queen", "king"], ["girl"], ["girl", "king", "girl"], ["boy"]]}
+    assert targets(OWN, rows) == [["queen", "king"], ["girl"], ["girl", "king"], ["boy"]]
+    tokenizer, form = word_tokenizer(), FORMS[name](OWN)
+    entries = form.encode(rows, tokenizer, 32)
+    assert entries["row"] == [0, 0, 1, 2, 2, 3]
+    written = [[WORDS[i] for i in labels if i != -100][0] for labels in entries["labels"]]
+    assert written == ["queen", "king", "girl", "girl", "king", "boy"]
+    assert entries["input_ids"][0][:2] == entries["input_ids"][1][:2]
+    answered = form.encode(rows, tokenizer, 32, training=False)["row"]
+    assert answered == ([0, 1, 2, 3] if name == "text" else [0, 0, 1, 2, 2, 2, 3, 3])
 
 
 @pytest.mark.parametrize("start, end", [(False, True), (True, False), (True, True), (False, False)])

@@ -5,7 +5,8 @@ A task says what is asked; a *form* says how. Which one fits depends on the back
 - an encoder gets the texts and answers with a new head of classes, or of one number (`head`);
 - an encoder-decoder reads `cola sentence: The king sleep.` and writes `unacceptable` (`text`). That is T5's
   text-to-text form: the task's short name, then each text after the name of its column, in the order of the
-  task's `texts`. T5 itself was taught some tasks in another order;
+  task's `texts`. T5 itself was taught some tasks in another order. With `digits` it writes the number of the
+  class instead;
 - a decoder reads the same source and a cue, and each label word is scored as its continuation (`words`).
 
 Every form answers in the task's own terms: the index of a class, a number, or a text. A generated text that
@@ -22,14 +23,14 @@ What this module does not do: it makes no batches and computes no metric."""
 # %% auto #0
 __all__ = ['Columns', 'Batch', 'FORMS', 'LETTERS', 'FORM_OF', 'Pad', 'Form', 'texts_of', 'sources', 'words_of', 'targets', 'best',
            'whole_rows', 'choice_rows', 'Head', 'Worded', 'ids_of', 'end_of', 'apart', 'answer_ids', 'decoded',
-           'known_words', 'number_in', 'Text', 'start_of', 'continuations', 'room_for', 'log_probabilities', 'Words',
-           'form_of']
+           'known_words', 'number_in', 'Text', 'Digits', 'start_of', 'continuations', 'room_for', 'log_probabilities',
+           'Words', 'form_of']
 
 # %% ../../nbs/data/04_form.ipynb #form-003
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar
@@ -70,6 +71,7 @@ class Form(ABC):
     name: ClassVar[str]  # in `FORMS`
     head: ClassVar[str]  # that `load_backbone` is to give the model
     n_labels: ClassVar[int] = 1  # the width of that head, where it has one
+    note: ClassVar[str] = ""  # what a page says where the form is used
 
     def __post_init__(self):
         "`ValueError` where the form cannot ask such a task."
@@ -311,6 +313,19 @@ class Text(Worded):
             return np.array([number_in(text) for text in texts])
         known = known_words(self.task, tokenizer)
         return np.array([known.get(text, -1) for text in texts])
+
+# %% ../../nbs/data/04_form.ipynb #form-digits
+@FORMS.register("digits")
+class Digits(Text):
+    "An encoder-decoder that writes the number of the class, from 0; numbers and texts as `text` does."
+    name = "digits"
+    note = ("Classes are written as digits, as in S3PET's released code. T5 v1.0 was trained on the tasks of GLUE "
+            "and SuperGLUE and knows them under words of its own, so it has to learn the digits.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        digits = tuple(map(str, range(len(self.task.labels))))
+        object.__setattr__(self, "task", replace(self.task, words=digits))
 
 # %% ../../nbs/data/04_form.ipynb #form-023
 def start_of(tokenizer: Tokenizer) -> list[int]:

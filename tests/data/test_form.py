@@ -14,7 +14,7 @@ from s3pet_nb.model.backbone import FAMILIES, load_backbone, tiny
 from s3pet_nb.model.space import attach, make_space
 
 WORDS = ("<pad> </s> <s> <unk> the a king queen boy girl sleeps sings near saw . yes no calm loud "
-         "tone line: answer: 0.0 0.5 1.0 3.8").split()
+         "tone line: answer: 0.0 0.5 1.0 3.8 0 1 2").split()
 
 
 def word_tokenizer(start=False, end=True, lower=False):
@@ -112,6 +112,19 @@ def test_sources_are_written_as_t5_was_taught():
 def test_the_labels_of_stsb_are_on_a_grid(label, word):
     "As T5: round(label * 5) / 5 with one digit."
     assert targets(TASKS["glue/stsb"], {"label": [label]}) == [[word]] == [[f"{round(label * 5) / 5:.1f}"]]
+
+
+def test_digits_are_written_for_classes_and_read_as_classes():
+    tokenizer, form = word_tokenizer(), FORMS["digits"](CLASSES)
+    labels = form.encode(rows_of(CLASSES), tokenizer, 32)["labels"]
+    assert [[WORDS[i] for i in ids] for ids in labels] == [[digit, "</s>"] for digit in "0110"]
+    assert (form.task.name, form.task.labels, form.task.kind) == ("tone", ("calm", "loud"), "class")
+    batch, _ = batch_of(form, rows_of(CLASSES), tokenizer, training=False)
+    assert form.answer(Writer(tokenizer, ["1", "0", "calm", "2"]), batch, tokenizer, 4).tolist() == [1, 0, -1, -1]
+    for task in NUMBER, OWN:
+        whole, plain = (FORMS[name](task).encode(rows_of(task), tokenizer, 32) for name in ("digits", "text"))
+        assert whole == plain
+    assert "digits" in form.note and not FORMS["text"](CLASSES).note
 
 
 @pytest.mark.parametrize("name", ["text", "words"])

@@ -2,7 +2,9 @@
 import pandas as pd
 import pytest
 
+from s3pet_nb.data.form import FORMS
 from s3pet_nb.data.task import TASKS
+from s3pet_nb.lab.page import form_notes
 from s3pet_nb.lab.run import execute
 from s3pet_nb.lab.study import shipped, study
 from s3pet_nb.learn.protocol import PROTOCOLS
@@ -107,7 +109,7 @@ def test_a_small_study_is_small(asked, name):
         params = question.params
         steps = [value for parameter, value in params.items() if parameter.endswith("_steps")]
         assert len(steps) == 2 and all(0 < value <= 400 for value in steps)
-        assert 0 < params["max_length"] <= 64 and params["backbone"] == "minilm"
+        assert 0 < params["max_length"] <= 64 and params["backbone"] == "minilm" and params["form"] == ""
         assert params["checkpoint_every"] and 0 < params["n_eval"] <= 256
         tasks = {params["task"], *(params["targets"] if question.template == "search" else [])}
         assert tasks <= {"glue/cola", "glue/mrpc", "glue/rte", "glue/stsb"}
@@ -122,9 +124,15 @@ def test_a_paper_study_leaves_the_protocol_to_the_protocol(asked, name):
         assert not any(left) and params["dropout"]
         assert params["backbone"] == {"lawton": "FacebookAI/roberta-large",
                                       "s3pet": "google-t5/t5-large"}[params["protocol"]]
+        assert params["form"] == {"lawton": "", "s3pet": "digits"}[params["protocol"]]
         assert params["task"] in PROTOCOLS[params["protocol"]].search
         if question.template == "search":
             assert all(task in PROTOCOLS[params["protocol"]].retrain for task in params["targets"])
+
+
+def test_the_page_of_a_study_with_digits_says_so():
+    assert form_notes(study("s3pet-table-5")) == [FORMS["digits"].note]
+    assert form_notes(study("small-table-5")) == form_notes(study("prune-table-1")) == []
 
 
 def test_runs_are_looked_for_where_they_are():

@@ -631,6 +631,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       's3pet_nb.lab.results._spread': ('lab/results.html#_spread', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results._state': ('lab/results.html#_state', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results._t_test': ('lab/results.html#_t_test', 's3pet_nb/lab/results.py'),
+                                      's3pet_nb.lab.results.averages': ('lab/results.html#averages', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results.best_of': ('lab/results.html#best_of', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results.cost': ('lab/results.html#cost', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results.cost_table': ('lab/results.html#cost_table', 's3pet_nb/lab/results.py'),

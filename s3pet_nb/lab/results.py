@@ -55,7 +55,8 @@ COLUMNS = ("source", "task", "metric", "run_id", "budget", "n_params", "ratio", 
            "seconds")
 _TAKEN = {*COLUMNS, "method", "label", "row", "seed", "seeds", "mean", "sd", "median", "low", "high", "other",
           "against", "pairs", "p", "ahead", "rank", "blocks", "block", "average", "runs", "search_seconds",
-          "retrain_seconds", "passes", "search_memory_mb", "line", "state", "why", "folder"} - {"budget"}
+          "retrain_seconds", "passes", "search_memory_mb", "retrain_memory_mb", "memory_ratio", "line", "state",
+          "why", "folder"} - {"budget"}
 
 
 def grid_columns(study: Study) -> dict[str, str]:  # name of the parameter -> name of its column
@@ -370,10 +371,11 @@ def _point_text(value: object) -> str:
 
 
 def _cells(part: pd.DataFrame, study: Study, over: Mapping[str, Collection[str]]) -> dict[str, str | None]:
-    "A line of the papers' table: size, score on each task with the sd over seeds beside a mean, and averages."
+    "A line of the papers' table: size, scores with the sd over seeds beside a mean, and averages."
     statistic = study.statistic
     ratio, test = 10_000 * part.ratio.mean(), 100 * part[statistic]
-    means = {name: test[part.task.isin(tasks)].mean() for name, tasks in over.items() if {*tasks} <= {*part.task}}
+    means = {name: test[part.task.isin(tasks)].mean() for name, tasks in over.items()
+             if {*tasks} <= {*part.task}}
     sds = ["" if statistic == "median" or pd.isna(sd) else f" ± {100 * sd:.1f}" for sd in part.sd]
     return {"ratio, 1e-4": _number_text(ratio, ",.2f" if ratio < 100 else ",.0f"),
             "parameters": _number_text(part.n_params.mean(), ",.0f"),
@@ -432,14 +434,18 @@ def transfer(
 
 # %% ../../nbs/lab/08_results.ipynb #results-029
 MEASURES = {"search_seconds": ",.1f", "retrain_seconds": ",.1f", "ratio": ".2f", "passes": ",.0f",
-            "search_memory_mb": ",.0f"}  # of a search beside its re-training, and how each is written
+            "search_memory_mb": ",.0f", "retrain_memory_mb": ",.0f",
+            "memory_ratio": ".2f"}  # of a search beside its re-training, and how each is written
 
 
-def _search_memory(run: Run, labels: Collection[str]) -> float | None:
-    "Peak memory up to the end of the search, which comes before anything is trained; None without a log."
-    peaks = [record.get("memory_mb") for record in run.records()
-             if record.get("event") == "step" and record["phase"] not in labels]
-    return peaks[-1] if peaks else None
+def _memory(run: Run, labels: Collection[str]) -> dict[str, float | None]:
+    "Peak memory of the search and of re-training what it found; None where the log does not tell them apart."
+    steps = [record for record in run.records() if record.get("event") == "step"]
+    search = [step.get("phase_memory_mb") or step.get("memory_mb") for step in steps
+              if step["phase"] not in labels]
+    retrain = [step.get("phase_memory_mb") for step in steps if step["phase"] == SEARCHED]
+    peaks = {"search_memory_mb": list(filter(None, search)), "retrain_memory_mb": list(filter(None, retrain))}
+    return {name: max(values, default=None) for name, values in peaks.items()}
 
 
 def _spent(question: Question, run: Run, result: dict) -> dict:
@@ -449,7 +455,7 @@ def _spent(question: Question, run: Run, result: dict) -> dict:
     retrain = pd.Series([row.get("seconds") for row in rows if row["label"] == SEARCHED], dtype=float)
     return {"row": question.method or SEARCHED, "task": _source(question, result),
             "search_seconds": search.get("seconds"), "retrain_seconds": retrain.mean(),
-            "passes": search.get("passes"), "search_memory_mb": _search_memory(run, labels)}
+            "passes": search.get("passes"), **_memory(run, labels)}
 
 
 def cost(
@@ -457,13 +463,15 @@ def cost(
     root: str | os.PathLike = "reports",  # folder of all studies
 ) -> pd.DataFrame:  # row, the grid's parameters, task, runs, search_seconds, retrain_seconds, ratio, …
     "What searching took beside re-training, of each method, grid point and task: time, passes, memory in MB."
-    columns, names = grid_columns(study), [name for name in MEASURES if name != "ratio"]
+    columns, names = grid_columns(study), [name for name in MEASURES if "ratio" not in name]
     spent = [_spent(*answer) | _point(answer[0], columns) for answer in _answers(study, root)]
     keys = ["row", *columns.values(), "task"]
     runs = pd.DataFrame(spent, columns=[*keys, *names]).astype(dict.fromkeys(names, float))
     groups = _groups(runs.dropna(subset="search_seconds"), keys)
     means = groups[names].mean().assign(runs=groups.size()).reset_index()
-    return means.assign(ratio=means.search_seconds / means.retrain_seconds)[[*keys, "runs", *MEASURES]]
+    ratios = {"ratio": means.search_seconds / means.retrain_seconds,
+              "memory_ratio": means.search_memory_mb / means.retrain_memory_mb}
+    return means.assign(**ratios)[[*keys, "runs", *MEASURES]]
 
 # %% ../../nbs/lab/08_results.ipynb #results-030a
 def cost_table(
@@ -472,7 +480,9 @@ def cost_table(
     "The same as text."
     texts = {name: [_number_text(value, form) for value in frame[name]] for name, form in MEASURES.items()}
     texts |= {name: frame[name].map(value_text) for name in _point_names(frame)}
-    return frame.assign(**texts).rename(columns={"search_memory_mb": "memory of the search, MB"})
+    return frame.assign(**texts).rename(columns={"search_memory_mb": "memory of the search, MB",
+                                                 "retrain_memory_mb": "of the re-training, MB",
+                                                 "memory_ratio": "ratio of memory"})
 
 # %% ../../nbs/lab/08_results.ipynb #results-030c
 def gates_frame(

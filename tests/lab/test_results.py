@@ -489,16 +489,27 @@ def test_cost_says_what_searching_took(make, root):
     for question, said in zip(study.questions(), more):
         put(study, question, root, {"searched": 0.5, "random-1": 0.4}, **said)
     for question, peak in zip(study.questions()[::2], [1_000.0, 2_000.0]):  # those of the first budget
-        for phase, step, memory in ("search", 1, peak - 1), ("search", 2, peak), ("searched", 1, 9_000.0):
+        for phase, step, memory in ("search", 1, peak - 1), ("search", 2, peak), ("searched", 1, 500.0):
             Run(root / study.name / question.id).log(
-                {"event": "step", "phase": phase, "step": step, "memory_mb": memory})
+                {"event": "step", "phase": phase, "step": step, "memory_mb": 9_000.0, "phase_memory_mb": memory})
     found = cost(study, root)
     assert list(found) == ["row", "budget", "task", "runs", "search_seconds", "retrain_seconds", "ratio",
-                           "passes", "search_memory_mb"]
+                           "passes", "search_memory_mb", "retrain_memory_mb", "memory_ratio"]
     first, second = found.to_numpy().tolist()
-    assert first == ["searched", 0.1, "glue/cola", 2, 90.0, 30.0, 3.0, 1_000.0, 1_500.0]
+    assert first == ["searched", 0.1, "glue/cola", 2, 90.0, 30.0, 3.0, 1_000.0, 1_500.0, 500.0, 3.0]
     assert second[:7] == ["searched", 0.2, "glue/cola", 1, 15.0, 30.0, 0.5]
-    assert math.isnan(second[7]) and math.isnan(second[8])
+    assert all(map(math.isnan, second[7:]))
+
+
+def test_a_log_of_one_peak_tells_no_memory_of_the_training(make, root):
+    study = make()
+    put(study, study.questions()[0], root, {"searched": 0.5}, search={"seconds": 60.0, "passes": 900})
+    for phase, memory in ("search", 800.0), ("searched", 900.0):
+        Run(root / study.name / study.questions()[0].id).log(
+            {"event": "step", "phase": phase, "step": 1, "memory_mb": memory})
+    (line,) = cost(study, root).to_dict("records")
+    assert line["search_memory_mb"] == 800 and math.isnan(line["retrain_memory_mb"])
+    assert math.isnan(line["memory_ratio"])
 
 
 def test_names_are_escaped_in_every_table(make, root, tmp_path):

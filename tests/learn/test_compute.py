@@ -43,6 +43,15 @@ def test_each_phase_has_a_peak_of_its_own():
     assert 380 < first - before < 500 and 80 < second - before < 200 and peak > 0.99 * first
 
 
+def test_on_cuda_torch_counts_anew(monkeypatch):
+    held, cuda = [7e9], torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.__setitem__(0, 2e9))
+    assert compute.peak_memory_mb(cuda) == compute.phase_memory_mb(cuda) == 7_000
+    compute.forget_peak(cuda)
+    assert compute.phase_memory_mb(cuda) == 2_000 and compute.peak_memory_mb(cuda) == 7_000
+
+
 def test_a_search_and_a_training_begin_with_a_peak_of_their_own(monkeypatch):
     forgotten = []
     monkeypatch.setattr(compute, "forget_peak", forgotten.append)

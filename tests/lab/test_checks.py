@@ -60,6 +60,8 @@ FINE = resolve("search", {})
     ({"structures": [3]}, "no structure file 3"),
     ({"start": "gone.json"}, "no structure file 'gone.json'"),
     ({"targets": ["agreement", "agreement"]}, "targets names a task twice: agreement, agreement"),
+    ({"sources": ["agreement"]}, "sources names a task twice: agreement, agreement"),
+    ({"sources": ["glue/colla"]}, "did you mean 'glue/cola'"),
     ({"targets": ["agreement", "glue/colla"]}, "did you mean 'glue/cola'"),
 ])
 def test_names_and_folders_are_checked_before_a_kernel_starts(wrong, sentence):

@@ -848,6 +848,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              's3pet_nb/learn/compute.py'),
                                         's3pet_nb.learn.compute.average': ('learn/compute.html#average', 's3pet_nb/learn/compute.py'),
                                         's3pet_nb.learn.compute.cost': ('learn/compute.html#cost', 's3pet_nb/learn/compute.py'),
+                                        's3pet_nb.learn.compute.counts_anew': ( 'learn/compute.html#counts_anew',
+                                                                                's3pet_nb/learn/compute.py'),
                                         's3pet_nb.learn.compute.evaluated': ('learn/compute.html#evaluated', 's3pet_nb/learn/compute.py'),
                                         's3pet_nb.learn.compute.forget_peak': ( 'learn/compute.html#forget_peak',
                                                                                 's3pet_nb/learn/compute.py'),

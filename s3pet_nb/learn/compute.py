@@ -14,11 +14,12 @@ What this module does not do: it takes no step, and it decides nothing about opt
 # %% auto #0
 __all__ = ['PRECISIONS', 'Score', 'RSS_UNIT', 'PEAKS', 'STATUS', 'CLEAR', 'Compute', 'Groups', 'my_share', 'loss_parts',
            'own_noise', 'average', 'negative_loss', 'evaluated', 'LoopConfig', 'training', 'pick_device',
-           'phase_memory_mb', 'peak_memory_mb', 'forget_peak', 'cost']
+           'phase_memory_mb', 'peak_memory_mb', 'counts_anew', 'forget_peak', 'cost']
 
 # %% ../../nbs/learn/01_compute.ipynb #compute-003
 import ctypes
 import gc
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -194,13 +195,18 @@ def peak_memory_mb(device: torch.device) -> float:
     return PEAKS[device]
 
 # %% ../../nbs/learn/01_compute.ipynb #learner-forget
+def counts_anew(device: torch.device) -> bool:
+    "Whether a peak can be forgotten: on CUDA, and on Linux."
+    return device.type == "cuda" or os.access(CLEAR, os.W_OK)
+
+
 def forget_peak(device: torch.device) -> None:
-    "Give freed memory back, and begin `phase_memory_mb` anew; on a CPU without Linux it goes on."
+    "Give freed memory back, and begin `phase_memory_mb` anew where that can be."
     peak_memory_mb(device)  # is kept
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif CLEAR.exists():
+    elif counts_anew(device):
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):
@@ -209,4 +215,5 @@ def forget_peak(device: torch.device) -> None:
 
 def cost(passes: int, device: torch.device) -> dict[str, float]:
     "What a step's record says of its cost: passes, each forward and backward, and memory of the device."
-    return {"passes": passes, "memory_mb": peak_memory_mb(device), "phase_memory_mb": phase_memory_mb(device)}
+    phase = {"phase_memory_mb": phase_memory_mb(device)} if counts_anew(device) else {}
+    return {"passes": passes, "memory_mb": peak_memory_mb(device), **phase}

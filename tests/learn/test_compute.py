@@ -52,6 +52,13 @@ def test_on_cuda_torch_counts_anew(monkeypatch):
     assert compute.phase_memory_mb(cuda) == 2_000 and compute.peak_memory_mb(cuda) == 7_000
 
 
+def test_where_no_peak_can_be_forgotten_a_step_has_none_of_its_phase(monkeypatch, tmp_path):
+    assert set(compute.cost(2, CPU)) == {"passes", "memory_mb", *["phase_memory_mb"] * compute.counts_anew(CPU)}
+    monkeypatch.setattr(compute, "CLEAR", tmp_path / "no such file")
+    compute.forget_peak(CPU)
+    assert set(compute.cost(2, CPU)) == {"passes", "memory_mb"}
+
+
 def test_a_search_and_a_training_begin_with_a_peak_of_their_own(monkeypatch):
     forgotten = []
     monkeypatch.setattr(compute, "forget_peak", forgotten.append)

@@ -319,8 +319,8 @@ class Text(Worded):
 class Digits(Text):
     "An encoder-decoder that writes the number of the class, from 0; numbers and texts as `text` does."
     name = "digits"
-    note = ("Classes are written as digits, as in S3PET's released code. T5 v1.0 was trained on the tasks of GLUE "
-            "and SuperGLUE and knows them under words of its own, so it has to learn the digits.")
+    note = ("Classes are written as digits, as in S3PET's released code. T5 v1.0 was trained on the tasks of "
+            "GLUE and SuperGLUE and knows them under words of its own, so it has to learn the digits.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -55,8 +55,8 @@ COLUMNS = ("source", "task", "metric", "run_id", "budget", "n_params", "ratio", 
            "seconds")
 _TAKEN = {*COLUMNS, "method", "label", "row", "seed", "seeds", "mean", "sd", "median", "low", "high", "other",
           "against", "pairs", "p", "ahead", "rank", "blocks", "block", "average", "runs", "search_seconds",
-          "retrain_seconds", "passes", "search_memory_mb", "retrain_memory_mb", "memory_ratio", "line", "state",
-          "why", "folder"} - {"budget"}
+          "retrain_seconds", "passes", "search_memory_mb", "retrain_memory_mb", "memory_ratio", "line",
+          "state", "why", "folder"} - {"budget"}
 
 
 def grid_columns(study: Study) -> dict[str, str]:  # name of the parameter -> name of its column

@@ -13,8 +13,8 @@ What this module does not do: it takes no step, and it decides nothing about opt
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'Score', 'RSS_UNIT', 'PEAKS', 'STATUS', 'CLEAR', 'Compute', 'Groups', 'my_share', 'loss_parts',
-           'own_noise', 'average', 'negative_loss', 'evaluated', 'LoopConfig', 'training', 'pick_device',
-           'phase_memory_mb', 'peak_memory_mb', 'counts_anew', 'forget_peak', 'cost']
+           'own_noise', 'average', 'negative_loss', 'evaluated', 'phase_memory_mb', 'peak_memory_mb', 'counts_anew',
+           'forget_peak', 'cost', 'LoopConfig', 'training', 'pick_device']
 
 # %% ../../nbs/learn/01_compute.ipynb #compute-003
 import ctypes
@@ -134,43 +134,6 @@ def evaluated(model: nn.Module, loader: Iterable, score: Score, compute: Compute
     with evaluating(model), compute.autocast(model.device):
         return score(model, loader)
 
-# %% ../../nbs/learn/01_compute.ipynb #compute-017
-@dataclass(frozen=True)
-class LoopConfig:
-    "Numbers of a search or a training; the defaults are the paper's where it gives them (S3PET, B.2)."
-
-    steps: int = 1000
-    lr: float = 3e-4  # of the weights: AdamW, linear decay to 0; in a search also xi, of the virtual step
-    _: KW_ONLY
-    clip: float = 2.0  # largest norm of each gradient; infinite for none
-    evaluate_every: int = 100  # steps between two scores on validation data
-    dropout: bool = True  # the backbone's own; short runs on a frozen backbone learn much sooner without
-    seed: int = 0  # of the new weights, of the gates' noise and of dropout
-    compute: Compute = Compute()  # precision, accumulation, gradient checkpointing, compilation
-
-    def __post_init__(self):
-        check_counts(steps=self.steps, evaluate_every=self.evaluate_every)
-
-# %% ../../nbs/learn/01_compute.ipynb #compute-n03
-@contextmanager
-def training(model: nn.Module, backbone: transformers.PreTrainedModel, config: LoopConfig) -> Iterator[None]:
-    """Torch is seeded and `model` in training mode, with checkpointed activations if the config says so.
-
-    The backbone is the model, or what it has inside. On exit torch's random numbers are as before. The peak
-    of `phase_memory_mb` begins anew.
-    """
-    forget_peak(backbone.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        model.train(config.dropout)
-        with checkpointing(backbone) if config.compute.gradient_checkpointing else nullcontext():
-            yield
-
-# %% ../../nbs/learn/01_compute.ipynb #learner-037
-def pick_device(name: str = "auto") -> torch.device:
-    'A device by its name in torch, such as "cuda:1"; "auto" is the accelerator of this process, if any.'
-    return PartialState().device if name == "auto" else torch.device(name)
-
 # %% ../../nbs/learn/01_compute.ipynb #learner-040
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes that getrusage counts in
 
@@ -217,3 +180,40 @@ def cost(passes: int, device: torch.device) -> dict[str, float]:
     "What a step's record says of its cost: passes, each forward and backward, and memory of the device."
     phase = {"phase_memory_mb": phase_memory_mb(device)} if counts_anew(device) else {}
     return {"passes": passes, "memory_mb": peak_memory_mb(device), **phase}
+
+# %% ../../nbs/learn/01_compute.ipynb #compute-017
+@dataclass(frozen=True)
+class LoopConfig:
+    "Numbers of a search or a training; the defaults are the paper's where it gives them (S3PET, B.2)."
+
+    steps: int = 1000
+    lr: float = 3e-4  # of the weights: AdamW, linear decay to 0; in a search also xi, of the virtual step
+    _: KW_ONLY
+    clip: float = 2.0  # largest norm of each gradient; infinite for none
+    evaluate_every: int = 100  # steps between two scores on validation data
+    dropout: bool = True  # the backbone's own; short runs on a frozen backbone learn much sooner without
+    seed: int = 0  # of the new weights, of the gates' noise and of dropout
+    compute: Compute = Compute()  # precision, accumulation, gradient checkpointing, compilation
+
+    def __post_init__(self):
+        check_counts(steps=self.steps, evaluate_every=self.evaluate_every)
+
+# %% ../../nbs/learn/01_compute.ipynb #compute-n03
+@contextmanager
+def training(model: nn.Module, backbone: transformers.PreTrainedModel, config: LoopConfig) -> Iterator[None]:
+    """Torch is seeded and `model` in training mode, with checkpointed activations if the config says so.
+
+    The backbone is the model, or what it has inside. On exit torch's random numbers are as before. The peak
+    of `phase_memory_mb` begins anew.
+    """
+    forget_peak(backbone.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model.train(config.dropout)
+        with checkpointing(backbone) if config.compute.gradient_checkpointing else nullcontext():
+            yield
+
+# %% ../../nbs/learn/01_compute.ipynb #learner-037
+def pick_device(name: str = "auto") -> torch.device:
+    'A device by its name in torch, such as "cuda:1"; "auto" is the accelerator of this process, if any.'
+    return PartialState().device if name == "auto" else torch.device(name)

@@ -165,7 +165,7 @@ TURNS = ("reflexive", "subject-verb", "reflexive", "determiner-noun")  # phenome
 
 def agreement_rows(
     seed: int = 0,  # other seeds give other sentences
-) -> dict[str, list[dict]]:  # split -> rows with sentence, label, phenomenon, distractors
+) -> dict[str, list[dict]]:  # split -> rows with sentence, label, phenomenon, distractors, square
     "All splits of the task, half of each acceptable; `test_unseen` has the nouns and verbs of `UNSEEN`."
     rng = random.Random(seed)
     drawn = set()
@@ -180,9 +180,10 @@ def agreement_rows(
 
 
 def new_rows(name: str, words: Lexicon, distractors: int, rng: random.Random, drawn: set[str]) -> list[dict]:
-    "The rows of a square none of whose sentences is in `drawn`; they are added to it."
+    "The rows of a square none of whose sentences is in `drawn`; they are added to it, four a square."
+    number = len(drawn) // 4
     while not drawn.isdisjoint(square := dict(PHENOMENA[name](words, distractors, rng).rows())):
         continue
     drawn.update(square)
-    return [{"sentence": sentence, "label": label, "phenomenon": name, "distractors": distractors}
-            for sentence, label in square.items()]
+    return [{"sentence": sentence, "label": label, "phenomenon": name, "distractors": distractors,
+             "square": number} for sentence, label in square.items()]

@@ -5,11 +5,13 @@ A task says what is asked; a *form* says how. Which one fits depends on the back
 - an encoder gets the texts and answers with a new head of classes, or of one number (`head`);
 - an encoder-decoder reads `cola sentence: The king sleep.` and writes `unacceptable` (`text`). That is T5's
   text-to-text form: the task's short name, then each text after the name of its column, in the order of the
-  task's `texts`. T5 itself was taught some tasks in another order;
+  task's `texts`. T5 itself was taught some tasks in another order. With `digits` it writes the number of the
+  class instead;
 - a decoder reads the same source and a cue, and each label word is scored as its continuation (`words`).
 
 Every form answers in the task's own terms: the index of a class, a number, or a text. A generated text that
-is none of the label words is class -1, which no label equals.
+is none of the label words is class -1, which no label equals. Where several texts are right, a training has
+an entry for each of them.
 
 Where a row brings its own candidates, an encoder judges each of them for itself: the task's `choices` are
 pairs of texts, each pair is trained as right or wrong, and the one that is most surely right is the answer.
@@ -21,14 +23,14 @@ What this module does not do: it makes no batches and computes no metric."""
 # %% auto #0
 __all__ = ['Columns', 'Batch', 'FORMS', 'LETTERS', 'FORM_OF', 'Pad', 'Form', 'texts_of', 'sources', 'words_of', 'targets', 'best',
            'whole_rows', 'choice_rows', 'Head', 'Worded', 'ids_of', 'end_of', 'apart', 'answer_ids', 'decoded',
-           'known_words', 'number_in', 'Text', 'start_of', 'continuations', 'room_for', 'log_probabilities', 'Words',
-           'form_of']
+           'known_words', 'number_in', 'Text', 'Digits', 'start_of', 'continuations', 'room_for', 'log_probabilities',
+           'Words', 'form_of']
 
 # %% ../../nbs/data/04_form.ipynb #form-003
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar
@@ -69,6 +71,7 @@ class Form(ABC):
     name: ClassVar[str]  # in `FORMS`
     head: ClassVar[str]  # that `load_backbone` is to give the model
     n_labels: ClassVar[int] = 1  # the width of that head, where it has one
+    note: ClassVar[str] = ""  # what a page says where the form is used
 
     def __post_init__(self):
         "`ValueError` where the form cannot ask such a task."
@@ -142,14 +145,14 @@ def words_of(task: Task, rows: Columns) -> list[Sequence[str]]:
     return rows[task.entities] if task.entities else [task.label_words] * len(rows[task.label])
 
 
-def targets(task: Task, rows: Columns) -> list[str]:
-    "The right word of each row, the first where several are right."
+def targets(task: Task, rows: Columns) -> list[list[str]]:
+    "The right words of each row, each once; one where labels are classes or numbers."
     labels = rows[task.label]
     if task.kind == "text":
-        return [right[0] for right in labels]
+        return [list(dict.fromkeys(right)) for right in labels]
     if task.kind == "number":
         labels = [round(round((label - task.bounds[0]) / task.step, 9)) for label in labels]
-    return [task.label_words[label] for label in labels]
+    return [[task.label_words[label]] for label in labels]
 
 # %% ../../nbs/data/04_form.ipynb #form-n03
 def best(task: Task, outcomes: np.ndarray, owners: np.ndarray, rows: Columns) -> np.ndarray:
@@ -285,11 +288,13 @@ class Text(Worded):
     name, head = "text", "seq2seq"
 
     def encode(self, rows: Columns, tokenizer: Tokenizer, max_length: int, training: bool = True) -> Columns:
-        "One entry a row: the source, and as labels the tokens of the right word."
+        "The source with each right word's tokens as labels; to be answered, with the first one's."
         ids = tokenizer(sources(self.task, rows), truncation=True, max_length=max_length).input_ids
         known_words(self.task, tokenizer)  # an error if two are alike
-        labels = answer_ids(tokenizer, targets(self.task, rows))
-        return {"input_ids": ids, "labels": labels, "row": list(range(len(ids)))}
+        right = [words if training else words[:1] for words in targets(self.task, rows)]
+        owners = [i for i, words in enumerate(right) for _ in words]
+        return {"input_ids": [ids[i] for i in owners], "labels": answer_ids(tokenizer, list(chain(*right))),
+                "row": owners}
 
     def longest(self, rows: Columns, tokenizer: Tokenizer) -> int:
         "Tokens of the longest word of any row, and its end."
@@ -308,6 +313,19 @@ class Text(Worded):
             return np.array([number_in(text) for text in texts])
         known = known_words(self.task, tokenizer)
         return np.array([known.get(text, -1) for text in texts])
+
+# %% ../../nbs/data/04_form.ipynb #form-digits
+@FORMS.register("digits")
+class Digits(Text):
+    "An encoder-decoder that writes the number of the class, from 0; numbers and texts as `text` does."
+    name = "digits"
+    note = ("Classes are written as digits, as in S3PET's released code. T5 v1.0 was trained on the tasks of "
+            "GLUE and SuperGLUE and knows them under words of its own, so it has to learn the digits.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        digits = tuple(map(str, range(len(self.task.labels))))
+        object.__setattr__(self, "task", replace(self.task, words=digits))
 
 # %% ../../nbs/data/04_form.ipynb #form-023
 def start_of(tokenizer: Tokenizer) -> list[int]:
@@ -349,17 +367,17 @@ class Words(Worded):
     cue = "\nanswer:"
 
     def encode(self, rows: Columns, tokenizer: Tokenizer, max_length: int, training: bool = True) -> Columns:
-        "The prompt with the right word, or with each word; labels are -100 but for the word and its end."
+        "The prompt with each right word, or with each word; labels are -100 but for the word and its end."
         words, right = words_of(self.task, rows), targets(self.task, rows)
-        ids = continuations(tokenizer, self.cue, list(dict.fromkeys(chain(*words, right))))
+        ids = continuations(tokenizer, self.cue, list(dict.fromkeys(chain(*words, *right))))
         apart(self.task.label_words, [tuple(ids[word]) for word in self.task.label_words])
         start, (cue, *texts) = start_of(tokenizer), ids_of(tokenizer, [self.cue, *sources(self.task, rows)])
         entries = {"input_ids": [], "labels": [], "row": []}
         for i, source in enumerate(texts):
-            longest = max((*words[i], right[i]), key=lambda word: len(ids[word]))
+            longest = max((*words[i], *right[i]), key=lambda word: len(ids[word]))
             taken = len(start) + len(cue) + len(ids[longest])
             prompt = start + room_for(source, max_length, taken, longest) + cue
-            answers = [ids[word] for word in ([right[i]] if training else words[i])]
+            answers = [ids[word] for word in (right[i] if training else words[i])]
             entries["input_ids"] += [prompt + answer for answer in answers]
             entries["labels"] += [[-100] * len(prompt) + answer for answer in answers]
             entries["row"] += [i] * len(answers)

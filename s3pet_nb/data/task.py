@@ -410,7 +410,8 @@ ENTAILED = ("entailment", "not_entailment")
 FALSE_TRUE = ("False", "True")
 PAIR = ("sentence1", "sentence2")
 NLI = ("premise", "hypothesis")
-TASKS.register("agreement")(Task("agreement", ("sentence",), ACCEPTABLE, make=agreement_rows))
+TASKS.register("agreement")(Task("agreement", ("sentence",), ACCEPTABLE, make=agreement_rows,
+                                   group=("square",)))
 
 # %% ../../nbs/data/03_task.ipynb #task-glue
 add("glue/cola", ("sentence",), ACCEPTABLE, "matthews")

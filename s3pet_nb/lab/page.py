@@ -25,7 +25,7 @@ Formulas in LaTeX stay as they are written, because the page loads nothing to se
 # %% auto #0
 __all__ = ['PLOTLY', 'WIDGET', 'SCRIPT', 'ERROR_TAG', 'NAMELESS', 'OPTIONS', 'GIVEN', 'ASSETS', 'LIMIT', 'FILES', 'figure_html',
            'failure', 'static_output', 'static_notebook', 'command', 'study_command', 'stopped_early',
-           'stopped_by_hand', 'facts', 'study_facts', 'page', 'body_html', 'report', 'say', 'score_table',
+           'stopped_by_hand', 'facts', 'study_facts', 'page', 'body_html', 'report', 'say', 'form_notes', 'score_table',
            'transfer_table', 'all_runs', 'chosen_cells', 'hidden_error', 'compared', 'study_report', 'score_texts',
            'index_frame', 'studies_frame', 'index']
 
@@ -328,6 +328,14 @@ def say(*sentences: str, points: bool = False) -> Html:
     tag = "li" if points else "p"
     texts = "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in sentences)
     return Html(f"<ul>{texts}</ul>" if points else texts)
+
+
+def form_notes(study: Study) -> list[str]:
+    "What is to be said of the forms that the study's runs name."
+    from s3pet_nb.data.form import FORMS
+
+    named = {question.params.get("form") for question in study.questions()}
+    return [form.note for name, form in FORMS.items() if name in named and form.note]
 
 
 def score_table(outcome: Outcome) -> Html:

@@ -190,9 +190,9 @@ def _digest(file: Path, *state: int) -> str:
 
 
 def _inputs(params: Mapping) -> str:
-    "What the files of rows and structures hold that `task`, `targets`, `structures` and `start` name."
-    rows = [Path(params.get(DATA_DIR) or "", str(task))
-            for task in [params.get("task") or "", *(params.get("targets") or [])]]
+    "What the files hold that `task`, `sources`, `targets`, `structures` and `start` name."
+    rows = [Path(params.get(DATA_DIR) or "", str(task)) for task in
+            [params.get("task") or "", *(params.get("sources") or []), *(params.get("targets") or [])]]
     places = [place for place in rows if params.get(DATA_DIR) or place.is_absolute() or place.is_file()]
     places += [Path(str(file)) for file in [*(params.get("structures") or []), params.get("start")] if file]
     files = [file for place in places for file in (sorted(place.rglob("*")) if place.is_dir() else [place])]

@@ -13,7 +13,9 @@ budget B, and what is left is trained again *from the same initial values*.
 What a *unit* is, is the granularity. In `unstructured` pruning it is one entry: a component of a bias, of
 LoRA's A or of its B. In `structured` pruning it is a module, but of LoRA a rank-one column: row j of A with
 column j of B goes at once, so that every matrix ends with a rank of its own. The score of a unit is the sum
-over its entries, of a column over those in B, the paper's U.
+over the entries of its last factor: of a column those in B, the paper's U, of an adapter those of its second
+product with its bias. Delta is linear in them, so the sum is -dL/dz at z = 1, once for each unit; the sum
+over all factors would count the same effect several times.
 
 For very small budgets the paper proposes to prune little by little: a falling schedule of budgets is one
 training and one pruning for each, always from the same initial values.

@@ -168,23 +168,24 @@ class StraightThrough(ShiftedSigmoid):
 class HardConcrete(Gate):
     """Gates under a penalty weight * sum P(z > 0), without a shift (Louizos et al. 2018).
 
-    Nothing holds the expected size: `solve` returns 0 whatever the budget, and E[N] = sum p n may lie far
-    above or below it. Only the structure that is chosen at the end keeps within the budget.
+    No shift holds the expected size: `solve` returns 0 whatever the budget, and E[N] = sum p n may lie far
+    above or below it. With the weight None a search sets it at every step, so that E[N] ends at the budget;
+    where E[N] is too small it is negative. A gate by itself has no penalty then.
 
-    `ValueError` unless beta > 0, low < 0, high > 1 and weight >= 0.
+    `ValueError` unless beta > 0, low < 0, high > 1 and the weight is finite.
     """
 
     beta: float = 2 / 3  # temperature of the samples
     low: float = -0.1  # samples are stretched from here …
     high: float = 1.1  # … to here, and cut at 0 and 1
-    weight: float = 0.0  # of the penalty
+    weight: float | None = 0.0  # of the penalty; None leaves it to the search
 
     def __post_init__(self):
         _check_positive(beta=self.beta)
         if not (-math.inf < self.low < 0 and 1 < self.high < math.inf):
             raise ValueError(f"gates are stretched from below 0 to above 1, not {self.low} to {self.high}")
-        if not 0 <= self.weight < math.inf:
-            raise ValueError(f"weight must be 0 or a positive number, not {self.weight}")
+        if not math.isfinite(self.weight or 0.0):
+            raise ValueError(f"weight must be a finite number, not {self.weight}")
 
     def solve(self, alpha: Tensor, n: Vector, B: int) -> float:
         "0: there is no shift, and the budget is not met."
@@ -220,7 +221,7 @@ def closed(self: HardConcrete, z: Tensor) -> Tensor:
 @patch
 def penalty(self: HardConcrete, p: Tensor) -> Tensor:
     "weight * sum p, the expected number of open gates times a price."
-    return self.weight * p.sum()
+    return (self.weight or 0.0) * p.sum()
 
 # %% ../../nbs/model/03_gate.ipynb #gate-030
 Schedule = Callable[[float], float]

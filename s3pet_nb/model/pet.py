@@ -49,7 +49,7 @@ class PETModule(nn.Module, ABC):
 
     kinds: ClassVar[frozenset[str]]  # of "linear", "norm", "block": where it can sit
     inits: ClassVar[tuple[str, ...]] = ()  # what a setting `init` may say
-    scored: ClassVar[tuple[str, ...]] = ()  # weights whose scores stand for a unit's; empty for all
+    scored: ClassVar[tuple[str, ...]] = ()  # the last factor, whose scores stand for a unit's; empty for all
     anchored: bool = False  # whether Delta depends on the initial weights beside the trained ones
     pace: ClassVar[str] = "adapter"  # the kind of its weights' rates
 
@@ -215,7 +215,7 @@ class LNFit(Shift):
 class Adapter(PETModule):
     "Bottleneck network on a block's output (Houlsby et al., 2019); (2 d + 1) * bottleneck + d parameters."
 
-    kinds = frozenset({"block"})
+    kinds, scored = frozenset({"block"}), ("up.weight", "up.bias")
     reads: ClassVar[str] = "d_out"  # what of the position is the width of the bottleneck's input
 
     def __init__(self,
@@ -255,6 +255,7 @@ class LowRankAdapter(PETModule):
 
     kinds = frozenset({"block"})
     inits = ("zero", "glorot")
+    scored = ("up_out", "up_bias")
 
     def __init__(self,
                  position: Position,

@@ -9,6 +9,8 @@ from sklearn.pipeline import make_pipeline
 from transformers import AutoTokenizer
 
 from s3pet_nb.data.agreement import PHENOMENA, SEEN, UNSEEN, Square, agreement_rows, table
+from s3pet_nb.data.rows import halves
+from s3pet_nb.data.task import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,25 @@ def test_agreement_sizes_balance_and_seed(rows):
 def test_agreement_shares_no_sentence(rows):
     sentences = [row["sentence"] for part in rows.values() for row in part]
     assert len(set(sentences)) == len(sentences)
+
+
+def test_the_rows_of_a_square_stay_in_one_half():
+    splits = TASKS["agreement"].load(seed=3).head(330)
+    parts = halves(splits.train, 3, splits.key)
+    squares = [set(part["square"]) for part in parts]
+    assert squares[0].isdisjoint(squares[1])
+    assert [len(part) for part in parts] == [164, 164]
+    assert all(count == 4 for part in parts for count in Counter(part["square"]).values())
+
+
+def test_a_square_has_a_number_of_its_own(rows):
+    squares = {row["square"]: [] for part in rows.values() for row in part}
+    for part in rows.values():
+        for row in part:
+            squares[row["square"]].append((row["label"], row["phenomenon"]))
+    assert len(squares) == 15_000 // 4
+    assert all(sorted(label for label, _ in four) == [0, 0, 1, 1] and len({name for _, name in four}) == 1
+               for four in squares.values())
 
 
 @pytest.mark.parametrize("seed", [0, 1])

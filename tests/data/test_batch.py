@@ -43,7 +43,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-VOCABULARY = ["<pad>", "<unk>", "</s>", ".", *"the a king queen boy girl sleeps sings near saw".split()]
+VOCABULARY = ["<pad>", "<unk>", "</s>", ".", *"the a king queen boy girl sleeps sings near saw 0 1 2".split()]
 
 
 def word_tokenizer(lower=False):
@@ -58,16 +58,16 @@ def word_tokenizer(lower=False):
                                    pad_token="<pad>", model_input_names=["input_ids", "attention_mask"])
 
 
-SIZE = {"vocab_size": 14, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+SIZE = {"vocab_size": 17, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 32, "pad_token_id": 0}
 MODELS = {
     "bert": lambda n: BertForSequenceClassification(BertConfig(**SIZE, num_labels=n)),
     "roberta": lambda n: RobertaForSequenceClassification(RobertaConfig(**SIZE, num_labels=n)),
     "t5": lambda n: T5ForSequenceClassification(T5Config(
-        vocab_size=14, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, num_labels=n, pad_token_id=0,
+        vocab_size=17, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, num_labels=n, pad_token_id=0,
         eos_token_id=2, decoder_start_token_id=0)),
     "gpt2": lambda n: GPT2ForSequenceClassification(GPT2Config(
-        vocab_size=14, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=n, pad_token_id=0)),
+        vocab_size=17, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=n, pad_token_id=0)),
     "llama": lambda n: LlamaForSequenceClassification(LlamaConfig(**SIZE, num_labels=n)),
 }
 SENTENCES = ["the king sleeps .", "a queen", "the boy near the girl sings .", "a boy saw ."]

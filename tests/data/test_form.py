@@ -14,7 +14,7 @@ from s3pet_nb.model.backbone import FAMILIES, load_backbone, tiny
 from s3pet_nb.model.space import attach, make_space
 
 WORDS = ("<pad> </s> <s> <unk> the a king queen boy girl sleeps sings near saw . yes no calm loud "
-         "tone line: answer: 0.0 0.5 1.0 3.8").split()
+         "tone line: answer: 0.0 0.5 1.0 3.8 0 1 2").split()
 
 
 def word_tokenizer(start=False, end=True, lower=False):
@@ -111,11 +111,34 @@ def test_sources_are_written_as_t5_was_taught():
                                          (2.89, "2.8"), (2.5, "2.4"), (4.91, "5.0"), (5.0, "5.0")])
 def test_the_labels_of_stsb_are_on_a_grid(label, word):
     "As T5: round(label * 5) / 5 with one digit."
-    assert targets(TASKS["glue/stsb"], {"label": [label]}) == [word] == [f"{round(label * 5) / 5:.1f}"]
+    assert targets(TASKS["glue/stsb"], {"label": [label]}) == [[word]] == [[f"{round(label * 5) / 5:.1f}"]]
 
 
-def test_the_first_right_answer_is_the_target():
-    assert targets(OWN, ROWS) == ["queen", "girl", "girl", "boy"]
+def test_digits_are_written_for_classes_and_read_as_classes():
+    tokenizer, form = word_tokenizer(), FORMS["digits"](CLASSES)
+    labels = form.encode(rows_of(CLASSES), tokenizer, 32)["labels"]
+    assert [[WORDS[i] for i in ids] for ids in labels] == [[digit, "</s>"] for digit in "0110"]
+    assert (form.task.name, form.task.labels, form.task.kind) == ("tone", ("calm", "loud"), "class")
+    batch, _ = batch_of(form, rows_of(CLASSES), tokenizer, training=False)
+    assert form.answer(Writer(tokenizer, ["1", "0", "calm", "2"]), batch, tokenizer, 4).tolist() == [1, 0, -1, -1]
+    for task in NUMBER, OWN:
+        whole, plain = (FORMS[name](task).encode(rows_of(task), tokenizer, 32) for name in ("digits", "text"))
+        assert whole == plain
+    assert "digits" in form.note and not FORMS["text"](CLASSES).note
+
+
+@pytest.mark.parametrize("name", ["text", "words"])
+def test_every_right_answer_is_a_training_row(name):
+    rows = ROWS | {"right": [["queen", "king"], ["girl"], ["girl", "king", "girl"], ["boy"]]}
+    assert targets(OWN, rows) == [["queen", "king"], ["girl"], ["girl", "king"], ["boy"]]
+    tokenizer, form = word_tokenizer(), FORMS[name](OWN)
+    entries = form.encode(rows, tokenizer, 32)
+    assert entries["row"] == [0, 0, 1, 2, 2, 3]
+    written = [[WORDS[i] for i in labels if i != -100][0] for labels in entries["labels"]]
+    assert written == ["queen", "king", "girl", "girl", "king", "boy"]
+    assert entries["input_ids"][0][:2] == entries["input_ids"][1][:2]
+    answered = form.encode(rows, tokenizer, 32, training=False)["row"]
+    assert answered == ([0, 1, 2, 3] if name == "text" else [0, 0, 1, 2, 2, 2, 3, 3])
 
 
 @pytest.mark.parametrize("start, end", [(False, True), (True, False), (True, True), (False, False)])

@@ -43,7 +43,7 @@ def test_head_and_sizes():
         "train": 400, "validation": 100, "test": 100, "test_unseen": 100}
     assert splits.head(n_eval=5_000).sizes == splits.sizes
     assert splits.head(n_train=8).train["sentence"][:] == splits.train["sentence"][:8]
-    assert splits.head(n_train=8).key == splits.key == ("sentence",)
+    assert splits.head(n_train=8).key == splits.key == ("square",)
 
 
 def test_halve_rule(tmp_path):

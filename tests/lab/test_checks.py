@@ -54,7 +54,6 @@ FINE = resolve("search", {})
     ({"tau_end": -0.5}, "tau_end is -0.5; give 0 or more"),
     ({"beta": -1.0}, "beta is -1.0"),
     ({"l0": 0.1}, "only the gate 'hard-concrete' has an L0 penalty"),
-    ({"gate": "hard-concrete"}, "give l0 above 0"),
     ({"gate": "hard-concrete", "l0": 1.0, "tau_end": 0.1}, "leave tau and tau_end out"),
     ({"gate": "hard-concrete", "l0": 1.0, "tau": 2.0}, "leave tau and tau_end out"),
     ({"order": "second", "precision": "bf16"}, "drowns in the rounding of bf16"),
@@ -66,6 +65,8 @@ FINE = resolve("search", {})
     ({"structures": [3]}, "no structure file 3"),
     ({"start": "gone.json"}, "no structure file 'gone.json'"),
     ({"targets": ["agreement", "agreement"]}, "targets names a task twice: agreement, agreement"),
+    ({"sources": ["agreement"]}, "sources names a task twice: agreement, agreement"),
+    ({"sources": ["glue/colla"]}, "did you mean 'glue/cola'"),
     ({"targets": ["agreement", "glue/colla"]}, "did you mean 'glue/cola'"),
 ])
 def test_names_and_folders_are_checked_before_a_kernel_starts(wrong, sentence):
@@ -76,6 +77,7 @@ def test_names_and_folders_are_checked_before_a_kernel_starts(wrong, sentence):
 @pytest.mark.parametrize("fine", [
     {},
     {"gate": "hard-concrete", "l0": 0.1, "beta_end": 0.1},
+    {"gate": "hard-concrete", "beta_end": 0.1},
     {"gate": "local", "order": "auto", "measure_every": 5, "tau_end": 0.1},
     {"baselines": ["lora-r8", "finetune"]},
     {"baselines": ["lora-r8", "lnfit", "finetune"], "cut": True, "budget": 8000.0},

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.lab.experiment import (about, ahead, budget_for, budget_text, compared_with, config_for, machine_table,
-                                     pass_seconds, recipe_for, row_of, scoring, setup_for, sizes_table, task_for,
-                                     value_table)
+from s3pet_nb.lab.experiment import (PAPERS, about, ahead, budget_for, budget_text, compared_with, config_for,
+                                     differences_from_paper, machine_table, paper_line, pass_seconds, recipe_for,
+                                     row_of, scoring, setup_for, sizes_table, task_for, value_table)
 from s3pet_nb.lab.store import Run
+from s3pet_nb.lab.study import parameters, study
 from s3pet_nb.learn.compute import Compute
 from s3pet_nb.learn.protocol import PROTOCOLS, RECIPES
 from s3pet_nb.learn.train import BASELINES, TrainConfig, random_structure, retrain
@@ -130,6 +131,48 @@ def test_baselines_come_whole_and_cut_and_files_by_task_and_method(model, tmp_pa
     assert chosen["lora-r8-cut"] == BASELINES["lora-r8"].cut(model, 8000, 7)
     assert list(chosen)[-2:] == ["random-1", "random-2"] and chosen["random-1"] == structure
     assert "lora-r8-cut" not in compared_with(model, 8000, ["lora-r8"], False, [], seed=7)
+
+
+PAPER = {"search": {"protocol": "s3pet", "budget": 1.389e-4, "order": "central", "stop_after": 0,
+                    "dropout": True},
+         "prune": {"protocol": "lawton", "budget": 7.0e-5, "dropout": True}}
+LEFT = ("search_steps", "prune_steps", "retrain_steps", "batch_size", "max_length", "search_lr", "prune_lr",
+        "lr", "evaluate_every", "n_train")
+
+
+@pytest.mark.parametrize("template, name", [("search", "S3PET"), ("prune", "Lawton et al.")])
+def test_the_numbers_of_the_paper_differ_in_none(template, name):
+    known = parameters(template)
+    params = known | {each: type(known[each])(0) for each in LEFT if each in known} | PAPER[template]
+    assert differences_from_paper(params) == []
+    assert paper_line(params) == f"All numbers are those of {name}."
+    assert set(params) & set(PAPERS[name]) >= {"budget", "lr", "dropout", "batch_size", "retrain_steps"}
+
+
+@pytest.mark.parametrize("template, changed, says", [
+    ("search", {"budget": 2e-4}, "budget 0.0002 (paper: 0.000138894)"),
+    ("search", {"order": "auto"}, "order auto (paper: central)"),
+    ("search", {"stop_after": 4}, "stop_after 4 (paper: never)"),
+    ("search", {"dropout": False}, "dropout False (paper: True)"),
+    ("search", {"search_lr": 1e-2}, "search_lr 0.01 (paper: 0.0003)"),
+    ("search", {"lr": 1e-3}, "lr 0.001 (paper: 0.0003)"),
+    ("search", {"retrain_steps": 300}, "retrain_steps 300 (paper: the protocol's)"),
+    ("search", {"recipe": "default"}, "recipe default (paper: one rate)"),
+    ("search", {"n_train": 4480}, "n_train 4480 (paper: all rows)"),
+    ("prune", {"criterion": "random"}, "criterion random (paper: first-order)"),
+    ("prune", {"budget": 0.0}, "budget 0 (paper: 7.03508e-05)"),
+    ("prune", {"lr": 1e-3}, "lr 0.001 (paper: the protocol's)")])
+def test_each_difference_from_the_paper_is_said(template, changed, says):
+    params = {"criterion": "first-order"} if template == "prune" else {"gate": "global"}
+    params |= PAPER[template] | {"lr": 0.0, "task": "agreement", "something": 3}
+    assert differences_from_paper(params | changed) == [says]
+    assert paper_line(params | changed).endswith(f" in {says}.")
+
+
+@pytest.mark.parametrize("name", ["s3pet-table-2", "s3pet-figure-2", "prune-table-1", "prune-table-2"])
+def test_the_studies_of_the_papers_differ_in_nothing(name):
+    for question in study(name).questions():
+        assert differences_from_paper(question.params) == [], question.params
 
 
 def test_tables_escape_what_they_show(tmp_path):

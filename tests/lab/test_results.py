@@ -11,9 +11,10 @@ import pytest
 from scipy import stats
 from written import EVIL, faulty_study, fill, make_study
 
-from s3pet_nb.lab.results import (Outcome, best_of, cost, difference_sentences, difference_table, differences,
-                                  gates_frame, heat_frames, progress_text, rank_sentence, ranks, run_scores,
-                                  runs_frame, save_tables, scores, summary, sweep_frame, transfer, wide)
+from s3pet_nb.lab.results import (Outcome, averages, best_of, cost, difference_sentences, difference_table,
+                                  differences, gates_frame, heat_frames, progress_text, rank_sentence, ranks,
+                                  run_scores, runs_frame, save_tables, scores, summary, sweep_frame, transfer,
+                                  wide)
 from s3pet_nb.lab.store import Run, write_json
 from s3pet_nb.lab.study import Study, checked
 
@@ -384,6 +385,41 @@ def test_the_wide_table_is_the_papers(make, root):
         {"row": "bitfit", "ratio, 1e-4": "2.00", "x": "30.0 ± 14.1", "y": "–", "average": "–"}]
 
 
+TABLE_2 = {  # S3PET-M with 1.39 of 10,000
+    "glue/cola": 59.34, "glue/sst2": 95.84, "glue/mrpc": 92.13, "glue/qqp": 88.04, "glue/stsb": 91.58,
+    "glue/mnli": 89.14, "glue/qnli": 94.12, "superglue/boolq": 84.92, "superglue/cb": 92.86,
+    "superglue/copa": 70.50, "superglue/multirc": 76.38, "superglue/record": 86.10, "superglue/rte": 86.69,
+    "superglue/wic": 71.63}
+
+
+def test_the_averages_are_those_of_table_2(make, root):
+    study = make(grid={"task": list(TABLE_2)})
+    frame = answer(study, root, searched([score / 100 for score in TABLE_2.values()]))
+    line = wide(study, frame).iloc[0]
+    assert list(line.index[-3:]) == ["average of GLUE", "average of SuperGLUE",
+                                     "average of SuperGLUE without COPA"]
+    assert line.iloc[-3:].tolist() == ["87.2", "81.3", "83.1"]  # 87.17, 81.30, 83.10 in the paper
+
+
+def test_an_average_is_there_where_its_tasks_are(make, root):
+    tasks = ["glue/cola", "glue/rte", "superglue/copa", "superglue/rte", "superglue/wic"]
+    study = make(grid={"task": tasks})
+    frame = answer(study, root, [{"searched": 0.5, "bitfit": 0.4}, {"searched": 0.7, "bitfit": 0.4},
+                                 {"searched": 0.1}, *[{"searched": 0.6, "bitfit": 0.3}] * 2])
+    assert wide(study, frame).iloc[:, -3:].to_numpy().tolist() == [
+        ["60.0", "43.3", "60.0"], ["40.0", "–", "30.0"]]
+
+
+@pytest.mark.parametrize("tasks, names", [
+    (["glue/cola"], []), (["glue/cola", "glue/rte"], ["average"]), (["own", "other"], ["average"]),
+    (["glue/mrpc", "superglue/rte", "superglue/multirc"], ["average"]),
+    (["superglue/copa", "superglue/cb"], ["average"]),
+    (["superglue/copa", "superglue/cb", "superglue/rte"], ["average", "average without COPA"]),
+    (["glue/cola", "glue/rte", "superglue/cb", "superglue/wic"], ["average of GLUE", "average of SuperGLUE"])])
+def test_a_table_has_the_averages_of_its_tasks(tasks, names):
+    assert list(averages(tasks)) == names
+
+
 def test_medians_where_the_study_wants_them(make, root):
     study, frame = two_tasks(make, root, statistic="median")
     assert wide(study, frame).iloc[0].tolist() == ["searched", "2.00", "55.0", "70.0", "62.5"]
@@ -453,16 +489,27 @@ def test_cost_says_what_searching_took(make, root):
     for question, said in zip(study.questions(), more):
         put(study, question, root, {"searched": 0.5, "random-1": 0.4}, **said)
     for question, peak in zip(study.questions()[::2], [1_000.0, 2_000.0]):  # those of the first budget
-        for phase, step, memory in ("search", 1, peak - 1), ("search", 2, peak), ("searched", 1, 9_000.0):
+        for phase, step, memory in ("search", 1, peak - 1), ("search", 2, peak), ("searched", 1, 500.0):
             Run(root / study.name / question.id).log(
-                {"event": "step", "phase": phase, "step": step, "memory_mb": memory})
+                {"event": "step", "phase": phase, "step": step, "memory_mb": 9_000.0, "phase_memory_mb": memory})
     found = cost(study, root)
     assert list(found) == ["row", "budget", "task", "runs", "search_seconds", "retrain_seconds", "ratio",
-                           "passes", "search_memory_mb"]
+                           "passes", "search_memory_mb", "retrain_memory_mb", "memory_ratio"]
     first, second = found.to_numpy().tolist()
-    assert first == ["searched", 0.1, "glue/cola", 2, 90.0, 30.0, 3.0, 1_000.0, 1_500.0]
+    assert first == ["searched", 0.1, "glue/cola", 2, 90.0, 30.0, 3.0, 1_000.0, 1_500.0, 500.0, 3.0]
     assert second[:7] == ["searched", 0.2, "glue/cola", 1, 15.0, 30.0, 0.5]
-    assert math.isnan(second[7]) and math.isnan(second[8])
+    assert all(map(math.isnan, second[7:]))
+
+
+def test_a_log_of_one_peak_tells_no_memory_of_the_training(make, root):
+    study = make()
+    put(study, study.questions()[0], root, {"searched": 0.5}, search={"seconds": 60.0, "passes": 900})
+    for phase, memory in ("search", 800.0), ("searched", 900.0):
+        Run(root / study.name / study.questions()[0].id).log(
+            {"event": "step", "phase": phase, "step": 1, "memory_mb": memory})
+    (line,) = cost(study, root).to_dict("records")
+    assert line["search_memory_mb"] == 800 and math.isnan(line["retrain_memory_mb"])
+    assert math.isnan(line["memory_ratio"])
 
 
 def test_names_are_escaped_in_every_table(make, root, tmp_path):

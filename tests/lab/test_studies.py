@@ -1,14 +1,18 @@
 "The studies that are shipped, and a search whose structure is trained on other tasks."
 import pandas as pd
 import pytest
+import torch
 
+from s3pet_nb.data.form import FORMS
 from s3pet_nb.data.task import TASKS
+from s3pet_nb.lab.page import form_notes
 from s3pet_nb.lab.run import execute
 from s3pet_nb.lab.study import shipped, study
 from s3pet_nb.learn.protocol import PROTOCOLS
 from s3pet_nb.learn.prune import GRANULARITIES
 from s3pet_nb.learn.train import BASELINES
 from s3pet_nb.model.gate import GATES
+from s3pet_nb.model.select import select
 from s3pet_nb.model.space import SPACES
 
 SWEEP = [6343, 12835, 25670, 51229, 102458, 204916, 409832]
@@ -32,6 +36,7 @@ ALL = {  # name: runs, tasks, seeds, methods, budgets
     "s3pet-table-2": (168, 14, 4, SEARCHED, [25670, 102458]),
     "s3pet-figure-2": (336, 3, 8, SEARCHED[:2], SWEEP),
     "s3pet-table-3": (28, 7, 4, ["transfer", "no transfer"], [102458]),
+    "s3pet-mean": (32, 7, 4, ["transfer", "no transfer", "mean of three"], [102458]),
     "s3pet-figures-3-5-8": (112, 14, 4, SEARCHED[:2], [102458]),
     "s3pet-figure-4": (336, 3, 8, GATES_OF["figure-4"], SWEEP),
     "s3pet-figure-7": (96, 3, 8, GATES_OF["figure-7"], [25670, 102458]),
@@ -43,6 +48,7 @@ ALL = {  # name: runs, tasks, seeds, methods, budgets
     "small-table-2": (24, 4, 3, ["S3PET-M", "S3PET-M quarter"], [1189, 4747]),
     "small-figure-2": (24, 2, 3, SEARCHED[:1], [594, 1189, 4747, 18991]),
     "small-table-3": (12, 4, 3, ["transfer"], [4747]),
+    "small-mean": (15, 4, 3, ["transfer", "mean of three"], [4747]),
     "small-figures-3-5-8": (12, 4, 3, SEARCHED[:1], [4747]),
     "small-figure-4": (36, 2, 3, GATES_OF["figure-4"], [594, 2373, 18991]),
     "small-figure-7": (36, 3, 3, GATES_OF["figure-7"], [1189, 4747]),
@@ -61,8 +67,9 @@ LOOKS_AT = {  # a study without runs of its own: whose runs it looks at
     "small-prune-figure-1": "small-prune-table-2",
 }
 # studies that keep their runs with those of another one, as some are the same
-SHARED = {"small-table-2": "small-figure-2", "small-equal-budgets": "small-figure-2"}
 COMMANDS = {f"{command}-{length}": command for command in ("search", "prune") for length in ("quick", "paper")}
+SHARED = {"small-table-2": "small-figure-2", "small-equal-budgets": "small-figure-2",
+          "s3pet-mean": "s3pet-table-3", "small-mean": "small-table-3"}
 SMALL = [name for name in ALL if name.startswith("small-")]
 PAPERS = [name for name in ALL if name.startswith(("s3pet-", "prune-")) and name not in COMMANDS]
 PAPERS.append("equal-budgets")
@@ -106,7 +113,7 @@ def test_all_that_a_study_names_is_there(asked, name):
                 assert question.params[parameter] in registry
         assert all(base in BASELINES or base == "finetune" for base in question.params["baselines"])
         if question.template == "search":
-            assert all(task in TASKS for task in question.params["targets"])
+            assert all(task in TASKS for part in ("sources", "targets") for task in question.params[part])
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -116,7 +123,7 @@ def test_a_small_study_is_small(asked, name):
         params = question.params
         steps = [value for parameter, value in params.items() if parameter.endswith("_steps")]
         assert len(steps) == 2 and all(0 < value <= 400 for value in steps)
-        assert 0 < params["max_length"] <= 64 and params["backbone"] == "minilm"
+        assert 0 < params["max_length"] <= 64 and params["backbone"] == "minilm" and params["form"] == ""
         assert params["checkpoint_every"] and 0 < params["n_eval"] <= 256
         tasks = {params["task"], *(params["targets"] if question.template == "search" else [])}
         assert tasks <= {"glue/cola", "glue/mrpc", "glue/rte", "glue/stsb"}
@@ -131,9 +138,15 @@ def test_a_paper_study_leaves_the_protocol_to_the_protocol(asked, name):
         assert not any(left) and params["dropout"]
         assert params["backbone"] == {"lawton": "FacebookAI/roberta-large",
                                       "s3pet": "google-t5/t5-large"}[params["protocol"]]
+        assert params["form"] == {"lawton": "", "s3pet": "digits"}[params["protocol"]]
         assert params["task"] in PROTOCOLS[params["protocol"]].search
         if question.template == "search":
             assert all(task in PROTOCOLS[params["protocol"]].retrain for task in params["targets"])
+
+
+def test_the_page_of_a_study_with_digits_says_so():
+    assert form_notes(study("s3pet-table-5")) == [FORMS["digits"].note]
+    assert form_notes(study("small-table-5")) == form_notes(study("prune-table-1")) == []
 
 
 def test_runs_are_looked_for_where_they_are():
@@ -164,6 +177,28 @@ def test_a_search_without_targets_trains_on_its_own_task(tmp_path):
     gates = pd.read_csv(run.folder / "gates.csv")
     assert len(gates) == run.result["space"]["candidates"]
     assert gates.selected.sum() == run.result["rows"][0]["modules"] == len(run.structure["modules"])
+
+
+def test_the_structure_of_several_sources_is_that_of_their_mean(tmp_path):
+    texts = [f"{a} {b} day" for a in ("good", "bad", "fair", "poor", "fine", "late") for b in "abcdefghij"]
+    for name in "one", "two":
+        labels = ["xyz"[(i // 7 if name == "two" else i) % 3] for i in range(60)]
+        pd.DataFrame({"text": texts, "label": labels}).to_csv(tmp_path / f"{name}.csv", index=False)
+    given = {"n_random": 0, "baselines": [], "search_steps": 3, "retrain_steps": 2, "evaluate_every": 3,
+             "alphas": "last", "budget": 4000.0}
+    one, two = (str(tmp_path / f"{name}.csv") for name in ("one", "two"))
+    alone = [pd.read_csv(execute("search", given | {"task": task}, tmp_path, "alone").folder / "gates.csv")
+             for task in ("agreement", one, two)]
+    run = execute("search", given | {"task": "agreement", "sources": [one, two]}, tmp_path, "mean")
+    gates = pd.read_csv(run.folder / "gates.csv")
+    assert gates.p.to_numpy() == pytest.approx(sum(frame.p for frame in alone).to_numpy() / 3, rel=1e-6)
+    assert run.structure["method"] == "s3pet-mean" and run.result["sources"] == ["one", "two"]
+    mask = torch.tensor(gates.selected.tolist())
+    p, n = torch.tensor(gates.p.tolist(), dtype=torch.float64), torch.tensor(gates.n.tolist())
+    assert torch.equal(mask, select(p, n, 4000))
+    assert run.result["rows"][0]["modules"] == int(mask.sum())
+    phases = {record["phase"] for record in run.records() if record.get("event") == "step"}
+    assert phases == {"search", "searched"}
 
 
 def test_a_search_gives_each_target_the_head_that_it_needs(tmp_path):

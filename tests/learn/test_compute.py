@@ -30,6 +30,43 @@ def test_the_peak_is_of_the_whole_process_and_stays():
     assert before > 50 and 380 < held - before < 500 and after >= held
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a peak can be forgotten on Linux alone")
+def test_each_phase_has_a_peak_of_its_own():
+    code = ("import torch\nfrom s3pet_nb.learn.compute import forget_peak, peak_memory_mb, phase_memory_mb\n"
+            "cpu = torch.device('cpu')\nforget_peak(cpu)\nbefore = phase_memory_mb(cpu)\n"
+            "blocks = [torch.ones(1_000_000, dtype=torch.uint8) for _ in range(400)]\n"
+            "first = phase_memory_mb(cpu)\ndel blocks\nforget_peak(cpu)\n"
+            "blocks = [torch.ones(1_000_000, dtype=torch.uint8) for _ in range(100)]\n"
+            "print(before, first, phase_memory_mb(cpu), peak_memory_mb(cpu))")
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, first, second, peak = map(float, shown.stdout.split())
+    assert 380 < first - before < 500 and 80 < second - before < 200 and peak > 0.99 * first
+
+
+def test_on_cuda_torch_counts_anew(monkeypatch):
+    held, cuda = [7e9], torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.__setitem__(0, 2e9))
+    assert compute.peak_memory_mb(cuda) == compute.phase_memory_mb(cuda) == 7_000
+    compute.forget_peak(cuda)
+    assert compute.phase_memory_mb(cuda) == 2_000 and compute.peak_memory_mb(cuda) == 7_000
+
+
+def test_where_no_peak_can_be_forgotten_a_step_has_none_of_its_phase(monkeypatch, tmp_path):
+    assert set(compute.cost(2, CPU)) == {"passes", "memory_mb", *["phase_memory_mb"] * compute.counts_anew(CPU)}
+    monkeypatch.setattr(compute, "CLEAR", tmp_path / "no such file")
+    compute.forget_peak(CPU)
+    assert set(compute.cost(2, CPU)) == {"passes", "memory_mb"}
+
+
+def test_a_search_and_a_training_begin_with_a_peak_of_their_own(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(compute, "forget_peak", forgotten.append)
+    model = tiny("bert")
+    with training(model, model, LoopConfig(steps=1)):
+        assert forgotten == [model.device]
+
+
 @pytest.mark.parametrize("config", [LoopConfig, SearchConfig, TrainConfig])
 @pytest.mark.parametrize("name", ["steps", "evaluate_every"])
 def test_a_loop_of_no_steps_or_no_evaluation_is_refused(config, name):

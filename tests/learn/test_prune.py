@@ -20,7 +20,7 @@ from s3pet_nb.learn.prune import (CRITERIA, GRANULARITIES, Moment, PruneConfig, 
                                   geometric_budgets, prune_search, random_units)
 from s3pet_nb.learn.train import TrainConfig, TrainStep, retrain
 from s3pet_nb.model.backbone import FAMILIES, example_batch, head_parameters, tiny
-from s3pet_nb.model.space import SPACES, lora_at, make_space
+from s3pet_nb.model.space import SPACES, Rule, lora_at, make_space
 from s3pet_nb.model.structure import Structure
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +146,17 @@ def test_structured_scores_are_sums_of_unstructured_ones(criterion):
             summed.append(parts[f"{candidate.name}.b"].sum().item())
     assert len(summed) == len(units.sizes)
     torch.testing.assert_close(units.scores(scores), torch.tensor(summed, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("module, counted", [("adapter", ("up.weight", "up.bias")), ("lora", ("B",)),
+                                             ("lowrank_adapter", ("up_out", "up_bias")), ("bitfit", ("b",))])
+def test_a_unit_counts_the_scores_of_its_last_factor(module, counted):
+    model = tiny("bert")
+    role = {"lora": "q", "bitfit": "q"}.get(module, "ffn")
+    units = Units.of(make_space(model, [Rule(module, (role,))]), "structured")
+    sizes = [shape.numel() for shape in units.shapes.values()]
+    for name, counts in zip(units.shapes, units.counts.split(sizes)):
+        assert bool(counts.all()) == bool(counts.any()) == name.endswith(counted)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -23,7 +23,7 @@ from s3pet_nb.model.structure import Structure
 
 STOPS = 28  # where the early stop comes, of 60 steps
 RATES = {"A": 0.3, "B": 0.2, "norm": 3e-2, "backbone": 1e-3}  # those of other kinds are lr
-CLOCK = "seconds", "memory_mb"  # what two runs of one question do not share
+CLOCK = "seconds", "memory_mb", "phase_memory_mb"  # what two runs of one question do not share
 
 
 def rows(size: int, seed: int) -> list[dict[str, torch.Tensor]]:

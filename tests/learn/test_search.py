@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from s3pet_nb.core import UnknownName
 from s3pet_nb.learn.compute import Compute
-from s3pet_nb.learn.learner import Checkpoint, Evaluate, Learner, Records, load_state
+from s3pet_nb.learn.learner import Callback, Checkpoint, Evaluate, Learner, Records, load_state
 from s3pet_nb.learn.search import (ALPHAS, SEARCH_ORDERS, EarlyStop, SearchConfig, SearchResult, SearchStep,
                                    run_search, search)
 from s3pet_nb.learn.train import TrainConfig, retrain
@@ -21,6 +21,17 @@ from s3pet_nb.model.backbone import FAMILIES, example_batch, tiny
 from s3pet_nb.model.gate import Annealed, HardConcrete, ShiftedSigmoid, StraightThrough, gate_record, geometric
 from s3pet_nb.model.space import Rule, attach, make_space
 from s3pet_nb.model.structure import Structure, jaccard, select
+
+class HaltAt(Callback):
+    "Ends a search after one of its steps, the hard way."
+
+    def __init__(self, at):
+        self.at = at
+
+    def after_step(self, learner):
+        if learner.step == self.at:
+            raise KeyboardInterrupt
+
 
 HEAD = {"t5": "seq2seq"}
 ROOT = Path(__file__).parents[2]
@@ -250,6 +261,48 @@ def test_a_heavier_penalty_leaves_a_smaller_expected_size():
         sizes.append(float(result.p @ result.space.n.double()))
         assert result.structure().n_params <= 200
     assert sizes[0] > sizes[1] > sizes[2]
+
+
+def taught() -> tuple:
+    "A regression model, its space, batches whose labels one module's change makes, and the module's place."
+    model = tiny("bert", head="regress", num_labels=1)
+    space, data = make_space(model), [example_batch(model, size=16, seed=seed) for seed in range(24)]
+    teacher = torch.tensor([candidate.name == "encoder.1.ffn_norm.lnfit" for candidate in space.candidates])
+    with attach(model, space.subset(teacher)) as gated, torch.no_grad():
+        gated.pets[0].s.copy_(2 * torch.randn(16, generator=torch.Generator().manual_seed(0)))
+        answers = [gated(batch["input_ids"], batch["attention_mask"]).logits[:, 0] for batch in data]
+    scale = torch.cat(answers).std()
+    return model, space, [batch | {"labels": each / scale} for batch, each in zip(data, answers)], teacher
+
+
+@pytest.mark.parametrize("budget, steps, alpha_lr", [(64, 120, 0.3), (300, 120, 0.1), (900, 80, 0.1)])
+def test_the_weight_of_a_penalty_is_found_for_the_budget(budget, steps, alpha_lr):
+    model, space, data, teacher = taught()
+    records = Records()
+    result = search(model, space, data[:10], data[10:20], data[20:], budget, HardConcrete(weight=None),
+                    "first", config=SearchConfig(steps=steps, lr=2e-2, alpha_lr=alpha_lr, measure_every=0,
+                                                 evaluate_every=steps), callbacks=(), log=records).taken("last")
+    sizes = [record["expected_size"] for record in records if record["event"] == "step"]
+    assert sizes[0] > 1000 and sizes[-1] == pytest.approx(budget, rel=0.04)
+    assert float(result.p @ space.n.double()) == pytest.approx(sizes[-1])
+    assert result.p[teacher].item() > 0.7 and int((result.p > result.p[teacher]).sum()) <= 2
+    assert any(module.module == "lnfit" and module.role == "ffn_norm" and module.layer == 1
+               for module in result.structure().modules)
+
+
+def test_a_search_that_finds_the_weight_of_its_penalty_goes_on_from_a_checkpoint(tmp_path):
+    def run(at=None):
+        halts = [HaltAt(at)] if at else []
+        return search(model, make_space(model), data[::2], data[1::2], data[:1], 200, gate, "first",
+                      config=config, callbacks=halts, checkpoint=Checkpoint(path, every=4))
+
+    model, path, gate = tiny("bert"), tmp_path / "search.safetensors", HardConcrete(weight=None)
+    data = batches(model)
+    config = SearchConfig(steps=12, lr=1e-2, evaluate_every=6, measure_every=0, dropout=False)
+    whole = searched(model, gate=gate, steps=12, evaluate_every=6).taken("last")
+    with pytest.raises(KeyboardInterrupt):
+        run(at=7)
+    assert torch.equal(run().taken("last").alpha, whole.alpha)
 
 
 def test_early_stop_needs_as_many_equal_sets_as_it_is_told():

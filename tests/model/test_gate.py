@@ -9,7 +9,7 @@ import torch
 from s3pet_nb.core import UnknownName
 from s3pet_nb.model.budget import expected_size
 from s3pet_nb.model.gate import (GATES, Annealed, Gate, HardConcrete, ShiftedSigmoid, StraightThrough,
-                                 binary_concrete, geometric, linear, shifted_sigmoid)
+                                 binary_concrete, gate_of, gate_record, geometric, linear, shifted_sigmoid)
 
 ENDS = torch.tensor([0.0, 5e-324, 2.3e-308, 1e-300, 1e-17, 0.5, 1 - 2**-53, 1.0], dtype=torch.float64)
 
@@ -267,6 +267,13 @@ def test_the_penalty_is_the_sum_of_p_and_its_gradient_the_closed_form():
         torch.testing.assert_close(slope, (weight * p * (1 - p)).detach(), rtol=1e-12, atol=1e-16)
 
 
+def test_a_weight_that_is_left_open_is_no_penalty_and_one_below_0_pays():
+    p = HardConcrete().p(alphas(2, 30))
+    assert HardConcrete(weight=None).penalty(p) == 0
+    assert HardConcrete(weight=-0.1).penalty(p) == -0.1 * p.sum()
+    assert gate_of(gate_record(HardConcrete(weight=None))) == HardConcrete(weight=None)
+
+
 def test_the_gradient_of_a_hard_concrete_sample():
     gate, alpha, u = HardConcrete(), alphas(5, 200), draws(6, 200)
     z = gate.z(gate.p(alpha), u)
@@ -335,7 +342,7 @@ def test_unknown_gates_and_settings_name_the_near_ones():
     (dict(low=-math.inf), "from below 0 to above 1"),
     (dict(high=1.0), "from below 0 to above 1"),
     (dict(high=math.nan), "from below 0 to above 1"),
-    (dict(weight=-1e-9), "weight must be"),
+    (dict(weight=-math.inf), "weight must be"),
     (dict(weight=math.nan), "weight must be"),
 ])
 def test_hard_concrete_refuses_what_makes_no_sense(settings, words):

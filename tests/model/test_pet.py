@@ -86,6 +86,25 @@ def test_units_are_modules_or_columns(name, kind, settings):
             assert (unit == 0).all()
 
 
+@pytest.mark.parametrize("name, kind, settings", SORTS)
+def test_the_score_of_a_whole_module_is_its_first_order_effect(name, kind, settings):
+    torch.manual_seed(1)
+    pet, place = PET_MODULES[name](HERE[kind], **settings).double(), HERE[kind]
+    with torch.no_grad():
+        for weight in pet.parameters():
+            weight += torch.randn_like(weight)
+        if pet.anchored:
+            pet.B0.zero_()  # the score looks at the trained product alone
+    h_in, h_out = (torch.randn(5, width, dtype=torch.float64) for width in (place.d_in, place.d_out))
+    z = torch.ones((), dtype=torch.float64, requires_grad=True)
+    loss = (h_out + pet(h_in, h_out, z)).sin().sum()
+    slope, *grads = torch.autograd.grad(loss, [z, *pet.parameters()])
+    scores = {key: (-weight * grad).sum() for (key, weight), grad in zip(pet.named_parameters(), grads)}
+    counted = sum(scores[key] for key in pet.scored or scores)
+    assert slope.abs() > 1e-3
+    torch.testing.assert_close(counted.detach(), -slope, rtol=1e-10, atol=0)
+
+
 def test_lora_of_some_columns_is_a_lora_of_smaller_rank():
     position, columns = HERE["linear"], torch.tensor([1, 0, 0, 1, 1, 0]).bool()
     for settings in {"r": 6}, {"r": 6, "lora_alpha": 6.0, "init": "balanced"}:

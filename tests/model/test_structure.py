@@ -10,8 +10,8 @@ from structures import MAM, RANKS, in_part, random_masks
 from s3pet_nb.core import UnknownName
 from s3pet_nb.model.backbone import FAMILIES, example_batch, tiny
 from s3pet_nb.model.select import select
-from s3pet_nb.model.space import Rule, SearchSpace, make_space
-from s3pet_nb.model.structure import Structure, jaccard, kept_space
+from s3pet_nb.model.space import SPACES, Rule, SearchSpace, make_space
+from s3pet_nb.model.structure import Structure, jaccard, kept_space, mean_structure
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,6 +67,23 @@ def test_ranks_at_one_place_are_different_modules():
                     for settings in ("r=2", "r=4,lora_alpha=8.0"))
     assert small.sum() == large.sum() == 1
     assert Structure.of(space, small).jaccard(Structure.of(space, large)) == 0
+
+
+def test_the_mean_structure_is_selected_by_the_mean():
+    space = make_space(tiny("bert"), "lora")
+    ps = [torch.zeros(len(space), dtype=torch.float64) for _ in range(3)]
+    ps[0][0] = 0.9
+    ps[1][1] = ps[2][1] = 0.6
+    B = int(space.n[0])
+    mean = mean_structure(space, ps, B, task="rte+cb", seed=5)
+    assert [kept.role for kept in mean.modules] == ["k"] and mean.modules[0].p == pytest.approx(0.4)
+    assert (mean.method, mean.budget, mean.task, mean.seed) == ("s3pet-mean", B, "rte+cb", 5)
+    assert mean.rules == SPACES["lora"]
+    rng = torch.Generator().manual_seed(0)
+    ps = [torch.rand(len(space), dtype=torch.float64, generator=rng) for _ in range(4)]
+    for method in ("greedy", "exact"):
+        keep = select(sum(ps) / 4, space.n, 200, method)
+        assert mean_structure(space, ps, 200, method).jaccard(Structure.of(space, keep)) == 1
 
 
 def test_a_structure_counts_what_the_masks_keep():

@@ -88,9 +88,13 @@ COLUMNS = ["study", "run", "task", "backbone", "space", "method", *NUMBERS, *SCO
 
 
 def _mean_scores(result: Mapping) -> dict[str, float]:
-    "Mean test score of a run's searched structures and of its random ones, NaN where there is none."
-    rows = pd.DataFrame(result.get("rows") or [], columns=["label", "test"])
+    """Mean test score of a run's searched structures and of its random ones, NaN where there is none.
+
+    What learned nothing has no part in it; scores of several tasks have no mean.
+    """
+    rows = pd.DataFrame(result.get("rows") or [], columns=["label", "test", "task", "learned_nothing"])
     scores = pd.to_numeric(rows.test, errors="coerce").astype(float)
+    scores = scores.where(rows.learned_nothing.isna() & (rows.task.nunique() < 2))
     kinds = rows.label.map(lambda label: structure_kind(str(label)))
     return {kind: scores[kinds == kind].mean() for kind in SCORES}
 
@@ -390,10 +394,12 @@ def sweep_frame(
         for row in result.get("rows") or []:
             label = structure_kind(row["label"])
             to_budget = label in ("searched", "random") or label.endswith("-cut")
-            rows.append([", ".join(filter(None, (label, setting))), label, setting, str(result.get("metric")),
+            metric = str(row.get("metric", result.get("metric")))
+            rows.append([", ".join(filter(None, (label, setting))), label, setting, metric,
                          result["budget"] if to_budget else row["n_params"],
-                         str(run.params.get("seed", run.id)), str(result.get("task")), row.get(split)])
-    columns = ["row", "label", "setting", "metric", "budget", "seed", "task", "test"]
+                         str(run.params.get("seed", run.id)), str(row.get("task", result.get("task"))),
+                         row.get(split), row.get("learned_nothing")])
+    columns = ["row", "label", "setting", "metric", "budget", "seed", "task", "test", "learned_nothing"]
     scores = pd.DataFrame(rows, columns=columns).astype({"test": float}).dropna(subset=["budget", "test"])
     points = summary(scores.assign(n_params=np.nan, ratio=np.nan)).drop(columns=["n_params", "ratio"])
     return points.sort_values(["task", "setting", "label", "budget"], kind="stable", ignore_index=True)

@@ -25,9 +25,9 @@ Formulas in LaTeX stay as they are written, because the page loads nothing to se
 # %% auto #0
 __all__ = ['PLOTLY', 'WIDGET', 'SCRIPT', 'ERROR_TAG', 'NAMELESS', 'OPTIONS', 'GIVEN', 'ASSETS', 'LIMIT', 'FILES', 'figure_html',
            'failure', 'static_output', 'static_notebook', 'command', 'study_command', 'stopped_early',
-           'stopped_by_hand', 'facts', 'study_facts', 'page', 'body_html', 'report', 'say', 'score_table',
-           'transfer_table', 'all_runs', 'chosen_cells', 'hidden_error', 'compared', 'study_report', 'score_texts',
-           'index_frame', 'studies_frame', 'index']
+           'stopped_by_hand', 'learned_nothing', 'facts', 'study_facts', 'page', 'body_html', 'report', 'say',
+           'score_table', 'transfer_table', 'all_runs', 'chosen_cells', 'hidden_error', 'compared', 'study_report',
+           'score_texts', 'index_frame', 'studies_frame', 'index']
 
 # %% ../../nbs/lab/09_page.ipynb #report-003
 import html
@@ -189,6 +189,18 @@ def stopped_by_hand(
     return ", ".join(f"{stop['phase']} after {stop['step']:,} of {stop['steps']:,} steps"
                      for stop in result.get("stopped") or []) or None
 
+# %% ../../nbs/lab/09_page.ipynb #report-019e
+def learned_nothing(
+    result: Mapping,  # what result.json holds
+) -> str | None:
+    "Which trainings learned nothing, by the reason; None if each says something, or the result does not know."
+    labels: dict[str, list[str]] = {}
+    for row in (is_sound(result) and result.get("rows")) or []:
+        if why := row.get("learned_nothing"):
+            name = row["label"] + f" on {row['task']}" * ("task" in row)
+            labels.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({why})" for why, names in labels.items()) or None
+
 # %% ../../nbs/lab/09_page.ipynb #report-019b
 def _pruning(params: Mapping) -> dict[str, str]:
     "Criterion and pruning, of a run that has them."
@@ -230,6 +242,7 @@ def facts(run: Run) -> dict[str, str]:
         "Gate and order": ", ".join(params[name] for name in ("gate", "order") if name in params) or None,
         "Stopped early": stopped_early(result),
         "Stopped by hand": stopped_by_hand(result),
+        "Learned nothing": learned_nothing(result),
         **_pruning(params),
         "Protocol": _protocol(params),
         "Seed": params.get("seed"),
@@ -431,10 +444,17 @@ def study_report(
 def score_texts(
     result: Mapping,  # what result.json holds
 ) -> dict[str, str]:
-    "Test score of each kind of structure; for several of a kind their mean, range and number."
-    rows = pd.DataFrame((is_sound(result) and result.get("rows")) or [], columns=["label", "test"])
-    texts = {}
-    for kind, scores in rows.test.astype(float).groupby(rows.label.map(structure_kind), sort=False):
+    """Test score of each kind of structure; for several of a kind their mean, range and number.
+
+    What learned nothing has no part in them; kinds of several tasks are named with the task.
+    """
+    columns = ["label", "test", "task", "learned_nothing"]
+    rows = pd.DataFrame((is_sound(result) and result.get("rows")) or [], columns=columns)
+    kinds = rows.label.map(structure_kind)
+    kinds = kinds + " on " + rows.task if rows.task.nunique() > 1 else kinds
+    learned = rows.learned_nothing.isna()
+    texts = dict.fromkeys(kinds, "learned nothing")
+    for kind, scores in rows.test[learned].astype(float).groupby(kinds[learned], sort=False):
         spread = f" ({scores.min():.3f} to {scores.max():.3f}, {len(scores)})" if len(scores) > 1 else ""
         texts[kind] = f"{scores.mean():.3f}{spread}"
     return texts

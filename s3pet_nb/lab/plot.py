@@ -680,12 +680,17 @@ def structure_frame(
 def comparison_frame(
     source: Run | Mapping,  # a finished run, or its result
 ) -> pd.DataFrame:  # label, structure, modules, n_params, ratio, …, scores, steps, seconds
-    "One row per re-trained structure; `ratio` is its number of parameters over the backbone's."
+    """One row per re-trained structure; `ratio` is its number of parameters over the backbone's.
+
+    `learned_nothing` is there if any of the trainings did, and says why.
+    """
     result = _result(source)
     frame = pd.DataFrame(result["rows"])
     if "modules" in frame:
         frame["modules"] = frame.modules.astype("Int64")  # full fine-tuning has none
     frame.insert(frame.columns.get_loc("n_params") + 1, "ratio", frame.n_params / result["n_backbone"])
+    if "learned_nothing" in frame and frame.learned_nothing.isna().all():
+        frame = frame.drop(columns="learned_nothing")
     return frame
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-056
@@ -705,6 +710,22 @@ def _kind_label(kind: str, part: pd.DataFrame) -> str:
     count = f" ({len(part)})" if len(part) > 1 else ""
     return f"{as_text(kind)}{count}<br>{low:,}" + (f"–{high:,}" if high > low else "") + " parameters"
 
+# %% ../../nbs/lab/07_plot.ipynb #plot-056n
+def _marks(frame: pd.DataFrame, symbol: str) -> str | list[str]:
+    "A symbol for the trainings of a frame, a cross where nothing was learned."
+    if "learned_nothing" not in frame:
+        return symbol
+    return [symbol if pd.isna(why) else "x" for why in frame.learned_nothing]
+
+
+def _names(frame: pd.DataFrame) -> list[str]:
+    "What a point is called when it is pointed at."
+    names = frame.label.map(as_text)
+    if "learned_nothing" not in frame:
+        return names.tolist()
+    return [name if pd.isna(why) else f"{name}<br>learned nothing: {as_text(why)}"
+            for name, why in zip(names, frame.learned_nothing)]
+
 # %% ../../nbs/lab/07_plot.ipynb #plot-056b
 def plot_comparison(
     source: Run | Mapping,  # a finished run, or its result
@@ -720,8 +741,8 @@ def plot_comparison(
         symbol, width = ("circle-open", 2) if split == "validation" else (SYMBOLS[k % len(SYMBOLS)], 0)
         figure.add_scatter(
             x=frame[split], y=kind.map(kinds.index) + lane, mode="markers", name=name,
-            marker=DOT | dict(color=colour, line_width=width, symbol=symbol),
-            text=frame.label.map(as_text), customdata=list(zip(frame.structure.map(as_text), frame.n_params)),
+            marker=DOT | dict(color=colour, line_width=width, symbol=_marks(frame, symbol)),
+            text=_names(frame), customdata=list(zip(frame.structure.map(as_text), frame.n_params)),
             hovertemplate=f"<b>%{{text}}</b><br>{name} {metric} %{{x:.3f}}<br>%{{customdata[0]}}<br>"
                           "%{customdata[1]:,} parameters<extra></extra>")
     labels = [_kind_label(name, frame[kind == name]) for name in kinds]
@@ -743,8 +764,8 @@ def plot_sizes(
     for name, part in frame.groupby(kind, sort=False):
         symbol = SYMBOLS[("solid", "dash", "dot").index(lines[name]["dash"])]
         figure.add_scatter(
-            x=part.n_params, y=part.test, mode="markers", name=as_text(name), text=part.label.map(as_text),
-            marker=DOT | dict(color=lines[name]["color"], symbol=symbol),
+            x=part.n_params, y=part.test, mode="markers", name=as_text(name), text=_names(part),
+            marker=DOT | dict(color=lines[name]["color"], symbol=_marks(part, symbol)),
             hovertemplate="<b>%{text}</b><br>%{x:,} parameters<br>test %{y:.3f}<extra></extra>")
     lay_out(figure, "Scores against sizes", 380, yaxis_title_text=f"test {metric}",
             xaxis=dict(title_text="trained parameters, a new head left out", **_LOG_AXIS))

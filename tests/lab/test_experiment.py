@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.lab.experiment import (about, compared_with, machine_table, row_of, setup_for, sizes_table, task_for,
-                                     value_table)
+from s3pet_nb.lab.experiment import (about, compared_with, machine_table, mark_equal, row_of, setup_for, sizes_table,
+                                     task_for, value_table)
 from s3pet_nb.lab.store import Run
 from s3pet_nb.learn.protocol import PROTOCOLS
 from s3pet_nb.learn.train import BASELINES, TrainConfig, random_structure, retrain
@@ -96,3 +96,27 @@ def test_tables_escape_what_they_show(tmp_path):
     run.save_result({"device": "cpu", "seconds": 1.5, "rows": [1], "versions": {"torch": "2.13.0"}})
     shown = machine_table(run)
     assert "2.13.0" in shown and "device" in shown and "rows" not in shown
+
+
+# --- what says nothing
+
+def test_an_untrained_model_learned_nothing_and_its_row_says_so(setup):
+    structure = random_structure(make_space(setup.model, "bias"), 500, 0)
+    trained = retrain(setup.model, structure, setup.train, setup.validation, callbacks=(),
+                      config=TrainConfig(steps=1, lr=1e-9, evaluate_every=1))
+    row = row_of("random-1", trained, setup)
+    assert row["learned_nothing"] in ("one class", "no better than one class") and list(row)[-1] == "learned_nothing"
+
+
+@pytest.mark.parametrize(("tests", "reasons"), [
+    ([0.5, 0.5, 0.5], ["all scores are equal"] * 3), ([0.5, 0.5, 0.6], [None] * 3), ([0.5], [None])])
+def test_a_comparison_of_equal_scores_is_marked(tests, reasons):
+    rows = [{"label": str(k), "test": test, "learned_nothing": None} for k, test in enumerate(tests)]
+    assert [row["learned_nothing"] for row in mark_equal(rows)] == reasons
+    assert [row["learned_nothing"] for row in rows] == [None] * len(tests), "what is given stays as it was"
+
+
+def test_scores_are_equal_within_a_task_and_a_reason_of_its_own_stays():
+    rows = [{"task": task, "test": test, "learned_nothing": why}
+            for task, test, why in (("a", 0.5, "one class"), ("a", 0.5, None), ("b", 0.5, None), ("b", 0.6, None))]
+    assert [row["learned_nothing"] for row in mark_equal(rows)] == ["one class", "all scores are equal", None, None]

@@ -636,3 +636,20 @@ def test_transfer_is_a_matrix():
     assert heat.text.tolist() == [["60.0", "70.0"], ["50.0", "nan"], ["40.0", "70.0"]]
     assert heat.z[:, 0].tolist() == [1.0, pytest.approx(0.5), 0.0]
     assert list(figure.layout.yaxis.ticktext) == ["searched, a", "searched, b", "random"]
+
+
+def test_a_training_that_learned_nothing_is_a_cross_that_says_why(run):
+    rows = [row | {"learned_nothing": "one <b>class</b>" if k == 1 else None}
+            for k, row in enumerate(run.result["rows"])]
+    result = run.result | {"rows": rows}
+    assert "learned_nothing" in comparison_frame(result)
+    first = plot_comparison(result).data[0]
+    assert [symbol == "x" for symbol in first.marker.symbol] == [k == 1 for k in range(len(rows))]
+    assert first.text[1].endswith("<br>learned nothing: one &lt;b&gt;class&lt;/b&gt;")
+    crosses = [symbol for trace in plot_sizes(result).data for symbol in trace.marker.symbol if symbol == "x"]
+    assert len(crosses) == 1
+
+
+def test_where_every_training_learned_nothing_is_said(run):
+    rows = [row | {"learned_nothing": None} for row in run.result["rows"]]
+    assert comparison_frame(run.result | {"rows": rows}).equals(comparison_frame(run.result))

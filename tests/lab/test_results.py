@@ -12,7 +12,7 @@ from scipy import stats
 from written import EVIL, faulty_study, fill, make_study
 
 from s3pet_nb.lab.results import (Outcome, best_of, cost, difference_sentences, difference_table, differences,
-                                  gates_frame, heat_frames, progress_text, rank_sentence, ranks, run_scores,
+                                  gates_frame, heat_frames, learned, nothing_sentences, progress_text, rank_sentence, ranks, run_scores,
                                   runs_frame, save_tables, scores, summary, sweep_frame, transfer, wide)
 from s3pet_nb.lab.store import Run, write_json
 from s3pet_nb.lab.study import Study, checked
@@ -77,6 +77,58 @@ def test_scores_that_are_equal_are_ties_whatever_averaging_leaves(make, root):
     assert found["rank"].tolist() == [2.0, 2.0, 2.0] and found.attrs["p"] is None
 
 
+# ---------------------------------------------------------------------------- what says nothing
+
+
+def row(label, test, why=None):
+    return {"label": label, "n_params": 2_000, "validation": test, "test": test, "seconds": 30.0,
+            "learned_nothing": why}
+
+
+def half_silent(make, root):
+    "Two seeds; in the second the search and one of two random structures learned nothing."
+    study = make(seeds=[0, 1])
+    return study, answer(study, root, [
+        [row("searched", 0.8), row("random-1", 0.7), row("random-2", 0.6)],
+        [row("searched", 0.5, "one class"), row("random-1", 0.5, "no better than one class"),
+         row("random-2", 0.6)]])
+
+
+def test_what_learned_nothing_has_no_part_in_means_differences_and_ranks(make, root):
+    study, frame = half_silent(make, root)
+    assert len(frame) == 6 and len(learned(frame)) == 4
+    assert summary(frame)[["row", "seeds", "mean"]].to_numpy().tolist() == [
+        ["searched", 1, 0.8], ["random", 2, pytest.approx(0.625)]]
+    paired = differences(study, frame)
+    assert paired.pairs.tolist() == [1] and paired["mean"].tolist() == [pytest.approx(0.15)]
+    assert ranks(frame).blocks.tolist() == [1, 1]
+
+
+def test_a_sentence_says_how_many_learned_nothing(make, root):
+    study, frame = half_silent(make, root)
+    (sentence,) = nothing_sentences(frame)
+    assert sentence.startswith("2 of 6 trainings learned nothing.") and "1 of 2 of searched (one class)" in sentence
+    assert "1 of 4 of random (no better than one class)" in sentence
+    assert nothing_sentences(frame[:3]) == []
+
+
+def test_a_result_of_before_counts_and_a_reason_that_is_no_text_does_not(make, root):
+    study = make(seeds=[0, 1])
+    frame = answer(study, root, [{"searched": 0.5}, [row("searched", 0.6, 3)]])
+    assert frame.test.tolist() == [0.5] and nothing_sentences(frame) == []
+    assert runs_frame(study, root).state.tolist() == ["done", "failed"]
+
+
+def test_where_no_training_learned_the_papers_table_says_so(make, root):
+    study = make(grid={"task": ["x", "y"]})
+    frame = answer(study, root, [[row("searched", 0.8), row("bitfit", 0.5, "one class")],
+                                 [row("searched", 0.5, "one class"), row("bitfit", 0.5, "one class")]])
+    table = wide(study, frame)
+    assert table[["row", "x", "y"]].to_numpy().tolist() == [
+        ["searched", "80.0", "learned nothing"], ["bitfit", "learned nothing", "learned nothing"]]
+    assert best_of(table.y, [True, True]) == [False, False] and best_of(table.x, [True, True]) == [True, False]
+
+
 # ---------------------------------------------------------------------------- scores
 
 
@@ -84,7 +136,7 @@ def test_scores_have_one_row_per_trained_structure(make, root):
     study = make(seeds=[0, 1])
     frame = answer(study, root, [{"searched": 0.5, "random-1": 0.4, "random-2": 0.3}, {"searched": 0.6}])
     assert list(frame) == ["method", "label", "row", "seed", "source", "task", "metric", "run_id", "budget",
-                           "n_params", "ratio", "validation", "test", "seconds"]
+                           "n_params", "ratio", "validation", "test", "seconds", "learned_nothing"]
     assert frame.label.tolist() == frame.row.tolist() == ["searched", "random", "random", "searched"]
     assert frame.seed.tolist() == [0, 0, 0, 1] and frame.test.tolist() == [0.5, 0.4, 0.3, 0.6]
     assert (frame.ratio == 2e-4).all() and (frame.method == "").all() and (frame.source == "glue/cola").all()

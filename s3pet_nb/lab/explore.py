@@ -53,7 +53,7 @@ from .plot import (INK, LAB_STYLE, as_text, comparison_frame, draw_matrix, draw_
                                draw_share, draw_sweep, mean_p_frame, p_frame, plain_figure, plot_sizes,
                                row_lines, share_frame)
 from .results import summary
-from .store import Run, attempt, faults, run_folders, structure_kind, unreadable
+from .store import CONTROLS, Run, attempt, faults, run_folders, structure_kind, unreadable
 from ..model.structure import Structure
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-008
@@ -393,7 +393,7 @@ def sweep_frame(
         result = run.result
         for row in result.get("rows") or []:
             label = structure_kind(row["label"])
-            to_budget = label in ("searched", "random") or label.endswith("-cut")
+            to_budget = label in ("searched", *CONTROLS) or label.endswith("-cut")
             metric = str(row.get("metric", result.get("metric")))
             rows.append([", ".join(filter(None, (label, setting))), label, setting, metric,
                          result["budget"] if to_budget else row["n_params"],

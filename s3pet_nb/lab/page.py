@@ -197,7 +197,7 @@ def learned_nothing(
     labels: dict[str, list[str]] = {}
     for row in (is_sound(result) and result.get("rows")) or []:
         if why := row.get("learned_nothing"):
-            name = row["label"] + f" on {row['task']}" * ("task" in row)
+            name = f"{row['label']} on {row['task']}" if "task" in row else row["label"]
             labels.setdefault(why, []).append(name)
     return "; ".join(f"{', '.join(names)} ({why})" for why, names in labels.items()) or None
 
@@ -354,7 +354,7 @@ def score_table(outcome: Outcome) -> Html:
     scores, shown = outcome.scores, wide(outcome.study, outcome.scores)
     tuned = shown.row.map(dict(zip(scores.row, scores.label))) == LEVEL
     points = len(grid_columns(outcome.study))
-    bold = {name: best_of(shown[name], ~tuned) for name in shown.columns[points + 2:]}
+    bold = {name: best_of(shown[name], ~tuned, name == "mean rank") for name in shown.columns[points + 2:]}
     return table(shown, bold=bold, parted=shown.columns[1:points + 1])
 
 

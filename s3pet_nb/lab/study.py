@@ -41,7 +41,7 @@ from fastcore.basics import patch
 
 import s3pet_nb
 from ..core import UnknownName, check_names, table
-from .store import run_id
+from .store import CONTROLS, run_id
 
 # %% ../../nbs/lab/02_study.ipynb #study-006
 PACKAGE = Path(s3pet_nb.__file__).parent
@@ -359,7 +359,7 @@ def _word_faults(study: Study) -> Iterator[str]:
         yield from refusal(check_names, kind, [str(name)], known)
     if study.folder != Path(study.folder).name or study.folder.startswith("."):
         yield f"folder {study.folder!r} is not a plain name; no slash, no leading dot"
-    known = {"random", *study.methods, *_baselines(study)}
+    known = {*CONTROLS, *study.methods, *_baselines(study)}
     if study.against not in known and difflib.get_close_matches(study.against, known, cutoff=0.8):
         yield f"against: {UnknownName('kind of structure or method', study.against, known)}"
     if len(set(map(repr, study.seeds))) < len(study.seeds):

@@ -30,9 +30,9 @@ What this module does not do: it does not know tasks, and it does not change the
 
 # %% auto #0
 __all__ = ['Criterion', 'CRITERIA', 'GRANULARITIES', 'Moment', 'first_order', 'absolute', 'magnitude', 'fisher', 'movement',
-           'random', 'entries', 'Units', 'drop', 'flat', 'ScoredStep', 'name_of', 'check_scores', 'PruneConfig',
-           'PruneResult', 'geometric_budgets', 'check_schedule', 'LogScores', 'spread', 'prune_rounds', 'prune_search',
-           'random_units']
+           'random', 'entries', 'Units', 'within', 'drop', 'flat', 'ScoredStep', 'name_of', 'check_scores',
+           'PruneConfig', 'PruneResult', 'geometric_budgets', 'check_schedule', 'LogScores', 'spread', 'prune_rounds',
+           'prune_search', 'random_units', 'same_kinds_units', 'upper_units']
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-003
 from collections.abc import Callable, Iterable, Sequence
@@ -47,10 +47,12 @@ from torch import Tensor
 from ..core import Registry, check_names
 from .compute import Score, negative_loss
 from .learner import Callback, Checkpoint, Learner, Log, Progress, Stream
-from .train import TrainConfig, TrainResult, TrainStep, fit, retrain
+from .train import (TrainConfig, TrainResult, TrainStep, draw_like, fit, heights, kinds_of,
+                                  retrain)
 from ..model.budget import resolve_budget
 from ..model.space import Candidate, GatedModel, SearchSpace, describe
-from ..model.structure import Structure, select
+from ..model.select import fill, select
+from ..model.structure import Structure
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-006
 @dataclass(frozen=True)
@@ -174,16 +176,21 @@ def masks(self: Units, keep: Tensor) -> dict[str, Tensor]:
     parts = keep.split([shape.numel() for shape in self.shapes.values()])
     return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts)}
 
+# %% ../../nbs/learn/06_prune.ipynb #prune-within
+def within(scores: Tensor, sizes: Tensor, B: int) -> Tensor:
+    "The units, (K,) bool, that are left under B: the lowest scores are dropped, then what fits comes back."
+    return fill(select(scores, sizes, B, "drop"), scores, sizes, B)
+
 # %% ../../nbs/learn/06_prune.ipynb #prune-011
 def drop(units: Units, scores: Tensor, alive: Tensor, B: int) -> Tensor:
-    """The entries that are left when units are removed in increasing order of score until B holds, (E,) bool.
+    """The entries that are left when units are removed in increasing order of score, (E,) bool, as `within`.
 
     Scores are of the entries, (E,). Entries of whole units are alive, (E,) bool; B is a count. Of equal
     scores the unit that comes first goes first. `ValueError` for a B out of range.
     """
     left = torch.bincount(units.unit[alive], minlength=len(units.sizes)) > 0
     keep = torch.zeros_like(left)
-    keep[left] = select(units.scores(scores)[left], units.sizes[left], B, "drop")
+    keep[left] = within(units.scores(scores)[left], units.sizes[left], B)
     return keep[units.unit]
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-017
@@ -469,5 +476,27 @@ def random_units(space: SearchSpace, B: float, granularity: str, seed: int) -> S
     check_schedule([B], units)
     draw = torch.Generator().manual_seed(seed)
     priority = torch.rand(len(units.sizes), dtype=torch.float64, generator=draw)
-    keep = select(priority, units.sizes, B, "drop")[units.unit]
+    keep = within(priority, units.sizes, B)[units.unit]
     return _structure(units, keep, None, budget=B, method="random", seed=seed)
+
+# %% ../../nbs/learn/06_prune.ipynb #prune-like-1
+@patch(as_prop=True)
+def owners(self: Units) -> Tensor:
+    "The candidate of each unit, (K,) int64."
+    owner = torch.repeat_interleave(torch.arange(len(self.space)), self.space.n)
+    return torch.zeros(len(self.sizes), dtype=torch.int64).scatter(0, self.unit, owner)
+
+
+def same_kinds_units(units: Units, keep: Tensor, B: int, seed: int) -> Structure:
+    "As many units of each kind as the entries `keep`, (E,) bool, are of, at random places; B is a count."
+    kinds = kinds_of(units.space)[units.owners]
+    counts = torch.bincount(kinds[units.unit[keep].unique()], minlength=int(kinds.max()) + 1)
+    drawn = draw_like(kinds, counts, units.sizes, B, seed)
+    return _structure(units, drawn[units.unit], None, budget=B, method="same-kinds", seed=seed)
+
+
+def upper_units(units: Units, B: int) -> Structure:
+    "Units from the top layer downwards, until B, a count, is used up."
+    height = heights(units.space)[units.owners]
+    kept = fill(torch.zeros(len(units.sizes), dtype=torch.bool), height, units.sizes, B)
+    return _structure(units, kept[units.unit], None, budget=B, method="upper-layers")

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.lab.experiment import (about, compared_with, machine_table, mark_equal, row_of, setup_for, sizes_table,
-                                     task_for, value_table)
+from s3pet_nb.lab.experiment import (about, best_random, compared_with, draw_seed, machine_table, mark_equal, row_of,
+                                     setup_for, sizes_table, task_for, trainings_for, value_table)
 from s3pet_nb.lab.store import Run
 from s3pet_nb.learn.protocol import PROTOCOLS
 from s3pet_nb.learn.train import BASELINES, TrainConfig, random_structure, retrain
@@ -120,3 +120,29 @@ def test_scores_are_equal_within_a_task_and_a_reason_of_its_own_stays():
     rows = [{"task": task, "test": test, "learned_nothing": why}
             for task, test, why in (("a", 0.5, "one class"), ("a", 0.5, None), ("b", 0.5, None), ("b", 0.6, None))]
     assert [row["learned_nothing"] for row in mark_equal(rows)] == ["one class", "all scores are equal", None, None]
+
+
+# --- what is drawn, and the best of it
+
+def test_draws_differ_by_task_seed_and_number_and_are_the_same_everywhere():
+    seeds = {draw_seed(task, seed, number) for task in ("a", "b") for seed in range(5) for number in range(5)}
+    assert len(seeds) == 50 and all(0 <= seed < 2 ** 32 for seed in seeds)
+    assert draw_seed("agreement", 0, 1) == 69506650
+
+
+def drawn(*scores):
+    return [{"label": f"random-{k}", "validation": score, "test": 0.1 * k, "seconds": 2.0}
+            for k, score in enumerate(scores, start=1)]
+
+
+def test_the_best_of_k_is_chosen_by_validation_among_the_first_k():
+    rows = [{"label": "searched", "validation": 0.99, "test": 0.9, "seconds": 1.0}, *drawn(0.5, 0.7, 0.9)]
+    (best,) = best_random(rows, 2)
+    assert (best["label"], best["test"], best["best_of"], best["seconds"]) == ("best-random", 0.2, 2, 4.0)
+    assert best_random(rows, 9)[0]["best_of"] == 3
+    assert best_random(rows, 1) == [] == best_random(rows[:2], 5)
+
+
+@pytest.mark.parametrize(("passes", "steps", "count"), [(320, 300, 1), (450.5, 300, 2), (600, 300, 2), (4, 100, 1)])
+def test_trainings_for_the_passes_of_a_search(passes, steps, count):
+    assert trainings_for(passes, steps) == count

@@ -35,8 +35,8 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'STYLES', 'INK', 'G
            'draw_mean_p', 'plot_mean_p', 'share_frame', 'draw_share', 'plot_share', 'draw_mean', 'steps_frame',
            'budget_frame', 'plot_budget', 'mixed_frame', 'plot_mixed', 'loss_frame', 'plot_loss', 'score_frame',
            'plot_score', 'structure_frame', 'comparison_frame', 'score_columns', 'plot_comparison', 'plot_sizes',
-           'plot_budgets', 'value_text', 'signed', 'interval_text', 'row_lines', 'draw_sweep', 'draw_differences',
-           'draw_matrix', 'draw_transfer']
+           'plot_budgets', 'value_text', 'signed', 'gain_text', 'interval_text', 'row_lines', 'draw_sweep',
+           'draw_differences', 'draw_matrix', 'draw_transfer']
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-003
 import html
@@ -824,11 +824,20 @@ def signed(
     return f"{round(100 * share, 1) + 0.0:+.1f}".replace("-", "−")  # a zero has no minus
 
 
+def gain_text(
+    gain: float,  # a share of a score, or a number of standard deviations
+    unit: str,  # "points" or "sd"
+) -> str:
+    "A difference with its sign, in points of a score, or in standard deviations."
+    return f"{round(gain, 2) + 0.0:+.2f}\u00a0sd".replace("-", "−") if unit == "sd" else signed(gain)
+
+
 def interval_text(
     pair: pd.Series,  # of `differences`
 ) -> str:
-    "The interval of a mean difference, in points."
-    return MISSING if pd.isna(pair.low) else f"{signed(pair.low)} to {signed(pair.high)}"
+    "The interval of a mean difference, in its unit."
+    ends = [gain_text(end, pair.get("unit", "points")) for end in (pair.low, pair.high)]
+    return MISSING if pd.isna(pair.low) else " to ".join(ends)
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-073
 SEARCHED, LEVEL = "searched", "finetune"  # labels of the structure that was searched, and of all weights
@@ -915,13 +924,19 @@ def draw_sweep(
 # %% ../../nbs/lab/07_plot.ipynb #plot-080
 def _forest(part: pd.DataFrame, heights: Sequence[int], color: str) -> dict:
     "Means, bars and what is said of them when pointed at."
-    hover = [f"<b>{as_text(pair.line)}</b><br>{as_text(pair.task)}: {signed(pair['mean'])} points<br>"
-             f"interval {interval_text(pair)}<br>ahead in {pair.ahead} of {pair.pairs} pairs"
-             for _, pair in part.iterrows()]
     symbols = ["diamond" if task == "all" else "circle" for task in part.task]
-    return dict(x=100 * part["mean"], y=heights, mode="markers", showlegend=False, text=hover,
+    return dict(x=100 * part["mean"], y=heights, mode="markers", showlegend=False, text=part.hover,
                 error_x=_bars(part, thickness=2, width=4), hovertemplate="%{text}<extra></extra>",
                 marker=dict(color=color, size=10, symbol=symbols))
+
+
+def _units(frame: pd.DataFrame) -> pd.DataFrame:
+    "The frame with what is said of a point, and numbers of which a hundredth is drawn as 1, whatever the unit."
+    hover = [f"<b>{as_text(pair.line)}</b><br>{as_text(pair.task)}: {gain_text(pair['mean'], pair.unit)}"
+             f"{' points' * (pair.unit == 'points')}<br>interval {interval_text(pair)}<br>"
+             f"ahead in {pair.ahead} of {pair.pairs} pairs" for _, pair in frame.iterrows()]
+    share = frame.unit.map({"points": 1.0, "sd": 0.01})
+    return frame.assign(hover=hover, **{name: frame[name] * share for name in ("mean", "low", "high")})
 
 
 def _around_zero(part: pd.DataFrame) -> list[float]:
@@ -935,9 +950,13 @@ def draw_differences(
     frame: pd.DataFrame,  # of `results.differences`, with lines; an empty one is a `ValueError`
     lines: Mapping[str, Mapping],  # of `row_lines`
 ) -> go.Figure:
-    "Mean differences with intervals; a line for each task, or where there are more rows a panel of them."
+    """Mean differences with intervals; a line for each task, or where there are more rows a panel of them.
+
+    All tasks together are in standard deviations, in a panel of their own, and not beside lines in points.
+    """
     if frame.empty:
         raise ValueError("there is no pair yet of a searched structure and what it is compared with")
+    frame = _units(frame if frame.line.nunique() > 1 else frame[frame.unit == "points"])
     tasks, one = sorted(frame.task.unique(), key="all".__eq__), frame.line.nunique() == 1
     panel, height = (frame.task * 0, frame.task) if one else (frame.task, frame.line)
     panels, names = ([""], tasks) if one else (tasks, list(frame.line.unique()))
@@ -953,8 +972,9 @@ def draw_differences(
         figure.update_xaxes(range=_around_zero(frame[panel == task]), **place)
     figure.add_vline(0, line=DASHED)
     figure.update_xaxes(nticks=5).update_xaxes(title_text="points of score", row=rows)
-    texts = ["all tasks" if name == "all" and one else name for name in names]
-    figure.update_yaxes(**name_ticks(texts), range=[len(names) - 0.4, -0.6], ticklabelstandoff=6)
+    if "all" in panels:
+        figure.update_xaxes(title_text="standard deviations", **places["all"])
+    figure.update_yaxes(**name_ticks(names), range=[len(names) - 0.4, -0.6], ticklabelstandoff=6)
     return lay_out(figure, f"Searched minus {as_text(frame.against.iloc[0])}, paired over seeds, with "
                            "95 % intervals; right of zero: ahead", body + 150)
 

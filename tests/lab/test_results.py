@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 from written import EVIL, faulty_study, fill, make_study
 
-from s3pet_nb.lab.results import (Outcome, best_of, cost, difference_sentences, difference_table, differences,
-                                  gates_frame, heat_frames, learned, nothing_sentences, progress_text, rank_sentence, ranks, run_scores,
+from s3pet_nb.lab.results import (Outcome, best_of, clustered, cost, difference_sentences, difference_table,
+                                  differences, gates_frame, heat_frames, holm, learned, nothing_sentences, progress_text, rank_sentence, ranks, run_scores,
                                   runs_frame, save_tables, scores, summary, sweep_frame, transfer, wide)
 from s3pet_nb.lab.store import Run, write_json
 from s3pet_nb.lab.study import Study, checked
@@ -318,9 +318,10 @@ def test_a_method_is_paired_by_task_grid_point_and_seed(make, root):
         put(study, question, root, {"searched": test, "random-1": 0.4})
     found = differences(study, scores(study, root))
     assert set(found.row) == {"a"} and len(found) == 2 * 3
-    for line in found.itertuples():
-        tasks = ["x", "y"] if line.task == "all" else [line.task]
-        keys = [(task, line.budget, seed) for task in tasks for seed in (0, 1)]
+    for line in found[found.task == "all"].itertuples():
+        assert line.pairs == 4 and line.tasks == 2 and line.unit == "sd" and math.isnan(line.low)
+    for line in found[found.task != "all"].itertuples():
+        keys = [(line.task, line.budget, seed) for seed in (0, 1)]
         ours, theirs = ([value[method, *key] for key in keys] for method in ("a", "b"))
         test = stats.ttest_rel(ours, theirs)
         assert line.pairs == len(keys) and line.p == pytest.approx(test.pvalue)
@@ -383,6 +384,74 @@ def test_a_single_task_is_not_said_twice(make, root):
     assert differences(study, frame).task.tolist() == ["glue/cola"]
 
 
+# ---------------------------------------------------------------------------- several tasks, several methods
+
+
+def test_gains_over_tasks_are_in_standard_deviations_of_each_task(make, root):
+    "The gain is one sd of a task whatever its metric moves by; the mean is over tasks, not over pairs."
+    study = make(seeds=[0, 1, 2], grid={"task": ["x", "y", "z"]})
+    scale = {"x": 0.3, "y": 0.001, "z": 0.05}
+    for question in study.questions():
+        task, seed = question.params["task"], question.params["seed"]
+        if task == "z" and seed == 2:
+            continue
+        put(study, question, root, {"searched": 0.5 + scale[task] * (1 + 0.1 * seed), "random-1": 0.5})
+    found = differences(study, scores(study, root))
+    whole = found[found.task == "all"].iloc[0]
+    expected = []
+    for task, seeds in (("x", 3), ("y", 3), ("z", 2)):
+        gains = scale[task] * (1 + 0.1 * np.arange(seeds))
+        expected.append(gains.mean() / np.concatenate([gains, np.zeros(seeds)]).std(ddof=1))
+    assert whole["mean"] == pytest.approx(np.mean(expected)) and (whole.tasks, whole.pairs) == (3, 8)
+    assert whole.low <= whole["mean"] <= whole.high
+    sentence, = difference_sentences(found)
+    assert "in 8 of 8 pairs of 3 tasks" in sentence and "sd of a task’s scores" in sentence and "points" not in sentence
+
+
+def test_an_interval_over_tasks_knows_that_seeds_of_a_task_go_together():
+    "Tasks differ in what a method gains there, on average nothing; pairs taken as independent claim too much."
+    rng, covered, naive = np.random.default_rng(0), 0, 0
+    for _ in range(60):
+        clusters = [effect + 0.2 * rng.normal(size=5) for effect in rng.normal(size=10)]
+        line, pairs = clustered(clusters), np.concatenate(clusters)
+        covered += line["low"] <= 0 <= line["high"]
+        naive += stats.ttest_1samp(pairs, 0).pvalue > 0.05
+    assert covered >= 52 and naive < covered - 6, (covered, naive)
+
+
+def test_the_interval_over_tasks_is_the_same_every_time_and_needs_three():
+    clusters = [np.array([0.1, 0.3]), np.array([0.2]), np.array([0.5, 0.6, 0.7])]
+    assert clustered(clusters) == clustered(clusters)
+    assert clustered(clusters)["mean"] == pytest.approx((0.2 + 0.2 + 0.6) / 3)
+    assert np.isnan([clustered(clusters[:2])[name] for name in ("low", "high", "p")]).all()
+    six = [np.array([gain]) for gain in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)]
+    assert clustered(six)["p"] == pytest.approx(2 / 2 ** 6), "Wilcoxon's exact p of six gains of one sign"
+
+
+def test_a_task_whose_scores_are_all_equal_has_no_size(make, root):
+    study = make(seeds=[0, 1], grid={"task": ["x", "y"]})
+    frame = answer(study, root, [{"searched": 0.5, "random-1": 0.5}, {"searched": 0.6, "random-1": 0.4}] * 2)
+    whole = differences(study, frame).iloc[-1]
+    assert (whole.task, whole.tasks, whole.pairs) == ("all", 1, 4) and math.isfinite(whole["mean"])
+
+
+@pytest.mark.parametrize(("p", "corrected"), [
+    ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # the worked example of Wikipedia's page
+    ([0.5, 0.9], [1.0, 1.0]), ([0.02], [0.02]), ([math.nan, 0.01, 0.02], [math.nan, 0.02, 0.02]), ([], [])])
+def test_holm_by_hand(p, corrected):
+    np.testing.assert_allclose(holm(p), corrected)
+
+
+def test_methods_that_are_compared_with_one_are_corrected_together(make, root):
+    study = make(seeds=[0, 1, 2, 3], against="c",
+                 methods={name: {"params": {"budget": value}} for name, value in (("a", 0.1), ("b", 0.2), ("c", 0.3))})
+    rng = np.random.default_rng(3)
+    frame = answer(study, root, searched([0.5 + 0.1 * (k % 3 == 0) + 0.02 * rng.normal() for k in range(12)]))
+    found = differences(study, frame)
+    assert found.holm.tolist() == holm(found.p).tolist() and (found.holm >= found.p).all()
+    assert all("after Holm’s correction for 2 comparisons" in text for text in difference_sentences(found))
+
+
 # ---------------------------------------------------------------------------- ranks
 
 
@@ -392,13 +461,14 @@ def test_ranks_share_ties_and_need_whole_blocks(make, root):
                                  {"searched": 0.9, "bitfit": 0.2, "lora": 0.3},
                                  {"searched": 0.1, "lora": 0.2}])
     found = ranks(frame)
-    assert found.to_dict("list") == {"row": ["searched", "bitfit", "lora"], "rank": [1.25, 2.25, 2.5],
-                                     "blocks": [2, 2, 2]}
+    assert found.drop(columns=["low", "high"]).to_dict("list") == {
+        "row": ["searched", "bitfit", "lora"], "rank": [1.25, 2.25, 2.5], "tasks": [1, 1, 1], "blocks": [2, 2, 2]}
+    assert found[["low", "high"]].isna().all(axis=None)
     assert found.attrs["p"] is None
 
 
 def test_ranks_and_friedman_are_those_of_scipy(make, root):
-    study = make(seeds=list(range(6)), grid={"task": ["x", "y"]})
+    study = make(seeds=list(range(12)))
     table = np.random.default_rng(0).integers(0, 5, (12, 4)) / 10
     frame = answer(study, root, [dict(zip(("searched", "a", "b", "c"), map(float, line))) for line in table])
     found = ranks(frame)
@@ -406,6 +476,22 @@ def test_ranks_and_friedman_are_those_of_scipy(make, root):
     assert found.set_index("row")["rank"].to_dict() == pytest.approx(expected)
     assert found["rank"].is_monotonic_increasing
     assert found.attrs["p"] == pytest.approx(stats.friedmanchisquare(*table.T).pvalue)
+
+
+def test_seeds_of_a_task_are_one_witness_of_its_ranks(make, root):
+    "Twelve tasks with three seeds each: ranks within the seeds, their mean within the task, blocks are tasks."
+    tasks = [f"t{k}" for k in range(12)]
+    study = make(seeds=[0, 1, 2], grid={"task": tasks})
+    table = np.random.default_rng(1).random((3, 12, 3))
+    frame = answer(study, root, [dict(zip(("searched", "a", "b"), map(float, line)))
+                                 for seed in table for line in seed])
+    by_task = stats.rankdata(-table, axis=2).mean(axis=0)
+    found = ranks(frame)
+    expected = dict(zip(("searched", "a", "b"), by_task.mean(axis=0)))
+    assert found.set_index("row")["rank"].to_dict() == pytest.approx(expected)
+    assert found.tasks.eq(12).all() and found.blocks.eq(36).all()
+    assert found.attrs["p"] == pytest.approx(stats.friedmanchisquare(*by_task.T).pvalue)
+    assert (found.low < found["rank"]).all() and (found["rank"] < found.high).all()
 
 
 @pytest.mark.filterwarnings("error")
@@ -432,13 +518,23 @@ def two_tasks(make, root, **content):
 def test_the_wide_table_is_the_papers(make, root):
     study, frame = two_tasks(make, root)
     assert wide(study, frame).to_dict("records") == [
-        {"row": "searched", "ratio, 1e-4": "2.00", "x": "55.0 ± 7.1", "y": "70.0 ± 0.0", "average": "62.5"},
-        {"row": "bitfit", "ratio, 1e-4": "2.00", "x": "30.0 ± 14.1", "y": "–", "average": "–"}]
+        {"row": "searched", "ratio, 1e-4": "2.00", "x": "55.0 ± 7.1", "y": "70.0 ± 0.0", "mean rank": "1.0"},
+        {"row": "bitfit", "ratio, 1e-4": "2.00", "x": "30.0 ± 14.1", "y": "–", "mean rank": "–"}]
 
 
 def test_medians_where_the_study_wants_them(make, root):
     study, frame = two_tasks(make, root, statistic="median")
-    assert wide(study, frame).iloc[0].tolist() == ["searched", "2.00", "55.0", "70.0", "62.5"]
+    assert wide(study, frame).iloc[0].tolist() == ["searched", "2.00", "55.0", "70.0", "1.0"]
+
+
+def test_over_tasks_there_are_ranks_and_no_average(make, root):
+    "One task's scores lie a hundred times closer; an average would be the other's alone."
+    study = make(grid={"task": ["x", "y", "z"]})
+    frame = answer(study, root, [{"searched": 0.9, "a": 0.5, "b": 0.1}, {"searched": 0.501, "a": 0.502, "b": 0.503},
+                                 {"searched": 0.501, "a": 0.502, "b": 0.5}])
+    table = wide(study, frame)
+    assert table["mean rank"].tolist() == ["2.0", "1.7", "2.3"]
+    assert best_of(table["mean rank"], [True] * 3, lowest=True) == [False, True, False]
 
 
 def test_the_size_is_a_count_where_the_backbone_has_none(make, root):
@@ -473,7 +569,8 @@ def test_transfer_has_sources_down_and_targets_across(make, root):
         np.array([[0.65, 0.55, 0.55], [0.40, 0.40, 0.35], [0.55, 0.65, 0.55]]))
     paired = differences(study, frame)  # of each target and seed, the mean over the sources
     assert paired.task.tolist() == ["x", "y", "z", "all"] and paired.pairs.tolist() == [2, 2, 2, 6]
-    assert paired["mean"].tolist() == pytest.approx([0.2] * 4)
+    assert paired["mean"].tolist()[:3] == pytest.approx([0.2] * 3)
+    assert paired.unit.tolist() == ["points"] * 3 + ["sd"]
 
 
 def test_a_row_that_was_not_moved_has_one_line(make, root):
@@ -488,7 +585,8 @@ def test_a_row_that_was_not_moved_has_one_line(make, root):
     assert transfer(frame).to_numpy().tolist() == [
         ["moved", "a", 0.5, 0.5], ["moved", "b", 0.5, 0.5], ["at home", "", 0.6, 0.6]]
     found = differences(study, frame)
-    assert found.row.unique().tolist() == ["moved"] and found["mean"].tolist() == pytest.approx([-0.1] * 3)
+    assert found.row.unique().tolist() == ["moved"] and found["mean"].tolist()[:2] == pytest.approx([-0.1] * 2)
+    assert found["mean"].iloc[2] == pytest.approx(-math.sqrt(2)), "two scores differ by the root of two of their sd"
 
 
 def test_a_grid_of_counts_is_readable(make, root):

@@ -52,8 +52,8 @@ from plotly.offline import get_plotlyjs
 
 from ..core import Html, table, write_text
 from .plot import CLEAR, LAB_STYLE, LEVEL, MISSING, value_text
-from .results import (Outcome, best_of, grid_columns, is_sound, progress_text, run_scores,
-                                  runs_frame, wide)
+from .results import (SEEDS, Outcome, best_of, grid_columns, is_sound, progress_text, run_scores,
+                                  runs_frame, seed_columns, wide)
 from .run import ThisPython, literal
 from .store import Run, home, read_json, run_folders, structure_kind, write_json
 from .study import DATA_DIR, Study, resolve, template
@@ -225,6 +225,14 @@ def _protocol(params: Mapping) -> str | None:
     changes += ["dropout off"] * (params.get("dropout") is False)
     return params.get("protocol") and params["protocol"] + (f", but {', '.join(changes)}" if changes else "")
 
+# %% ../../nbs/lab/09_page.ipynb #report-019g
+def _seeds(params: Mapping) -> str | None:
+    "The seed of a run, and those parts of it that have one of their own."
+    own = {name: params.get(name) for name in SEEDS}
+    parts = [f"{name.removesuffix('_seed')} {seed}" for name, seed in own.items()
+             if type(seed) is int and seed >= 0]
+    return ", ".join([str(params["seed"]), *parts]) if "seed" in params else None
+
 # %% ../../nbs/lab/09_page.ipynb #report-019c
 def facts(run: Run) -> dict[str, str]:
     "Name and value of what the head of a report says of a run."
@@ -245,7 +253,7 @@ def facts(run: Run) -> dict[str, str]:
         "Learned nothing": learned_nothing(result),
         **_pruning(params),
         "Protocol": _protocol(params),
-        "Seed": params.get("seed"),
+        "Seed": _seeds(params),
         "Time and memory": ", ".join(cost) or None,
         "Run": f"{run.study}/{run.id}",
     }
@@ -374,7 +382,8 @@ def all_runs(outcome: Outcome) -> Html:
     folder = home("..", study).as_posix()
     links = [f"{folder}/{row.run_id}/report.html" if (row.folder / "report.html").is_file() else None
              for row in frame.itertuples()]
-    values = {name: frame[name].map(value_text) for name in (*grid_columns(study).values(), "task", "seed")}
+    names = (*grid_columns(study).values(), "task", "seed", *seed_columns(study))
+    values = {name: frame[name].map(value_text) for name in names}
     shown = frame[["method"]].assign(**values, state=frame.state, score=frame.run_id.map(run_scores(outcome)),
                                      run=frame.run_id, what_went_wrong=frame.why)
     empty = [name for name in ("method", "what_went_wrong") if not shown[name].any()]

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.lab.experiment import (about, best_random, compared_with, draw_seed, machine_table, mark_equal, row_of,
+from s3pet_nb.lab.experiment import (Seeds, about, best_random, compared_with, draw_seed, machine_table, mark_equal, row_of,
                                      setup_for, sizes_table, task_for, trainings_for, value_table)
 from s3pet_nb.lab.store import Run
 from s3pet_nb.learn.protocol import PROTOCOLS
@@ -146,3 +146,17 @@ def test_the_best_of_k_is_chosen_by_validation_among_the_first_k():
 @pytest.mark.parametrize(("passes", "steps", "count"), [(320, 300, 1), (450.5, 300, 2), (600, 300, 2), (4, 100, 1)])
 def test_trainings_for_the_passes_of_a_search(passes, steps, count):
     assert trainings_for(passes, steps) == count
+
+
+# --- seeds
+
+def test_a_seed_that_is_left_out_is_that_of_the_run():
+    assert Seeds.of(4) == Seeds(4, 4, 4, 4) and Seeds.of(4, init=0, order=9) == Seeds(4, 0, 4, 9)
+
+
+def test_a_seed_of_0_is_not_left_out():
+    own = setup_for("agreement", "minilm", RULES, "cpu", n_train=32, n_eval=16, **Seeds.of(3, order=0).of_setup())
+    same = setup_for("agreement", "minilm", RULES, "cpu", n_train=32, n_eval=16, seed=3)
+    assert own.order_seed == 0 and own.splits.train["sentence"] == same.splits.train["sentence"]
+    assert not next(iter(own.train))["input_ids"].equal(next(iter(same.train))["input_ids"])
+    assert next(iter(own.delta))["input_ids"].equal(next(iter(same.delta))["input_ids"])

@@ -587,7 +587,8 @@ def differing():
     "Lines of differences as `results` has them: two rows at two budgets, two tasks and all of them."
     return pd.DataFrame([
         {"row": row, "line": f"{row}, budget {budget}", "budget": budget, "against": LINK, "task": task,
-         "mean": 0.01 * k, "low": 0.01 * k - 0.02, "high": 0.01 * k + 0.02, "p": 0.04, "pairs": 3, "ahead": 2}
+         "mean": 0.01 * k, "low": 0.01 * k - 0.02, "high": 0.01 * k + 0.02, "p": 0.04, "pairs": 3, "ahead": 2,
+         "unit": "sd" if task == "all" else "points"}
         for k, row in enumerate(("S3PET", "local")) for budget in (100, 200) for task in ("cola", "all", "rte")])
 
 
@@ -599,8 +600,24 @@ def test_the_forest_draws_every_difference_and_zero(differing):
     assert [title.text for title in figure.layout.annotations] == ["cola", "rte", "all tasks"]
     one = differing[differing.line == "S3PET, budget 100"]
     figure = draw_differences(one, lines)
-    assert list(figure.layout.yaxis.ticktext) == ["cola", "rte", "all tasks"]
-    assert sum(len(trace.x) for trace in figure.data) == len(one)
+    assert list(figure.layout.yaxis.ticktext) == ["cola", "rte"], "points and sd do not share an axis"
+    assert sum(len(trace.x) for trace in figure.data) == len(one) - 1
+
+
+def test_all_tasks_are_drawn_in_standard_deviations_in_a_panel_of_their_own(differing):
+    lines = row_lines(pd.DataFrame({"row": ["S3PET", "local"], "label": ["searched"] * 2}))
+    whole = differing.unit == "sd"
+    sizes = differing.assign(mean=differing["mean"].mask(whole, 1.5), low=differing.low.mask(whole, 1.0),
+                             high=differing.high.mask(whole, 2.0))
+    figure = draw_differences(sizes, lines)
+    titles = [axis.title.text for axis in (figure.layout.xaxis, figure.layout.xaxis2, figure.layout.xaxis3)]
+    assert titles == ["points of score", "points of score", "standard deviations"]
+    (drawn, *_) = [trace for trace in figure.data if trace.xaxis == "x3"]
+    assert list(drawn.x) == [1.5, 1.5] and "+1.50\u00a0sd" in drawn.text[0] and "points" not in drawn.text[0]
+
+
+def test_a_study_without_pairs_has_no_forest(differing):
+    lines = row_lines(pd.DataFrame({"row": ["S3PET", "local"], "label": ["searched"] * 2}))
     with pytest.raises(ValueError, match="no pair yet"):
         draw_differences(differing.iloc[:0], lines)
 

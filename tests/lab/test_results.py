@@ -13,7 +13,8 @@ from written import EVIL, faulty_study, fill, make_study
 
 from s3pet_nb.lab.results import (Outcome, best_of, clustered, cost, difference_sentences, difference_table,
                                   differences, gates_frame, heat_frames, holm, learned, nothing_sentences, progress_text, rank_sentence, ranks, run_scores,
-                                  runs_frame, save_tables, scores, summary, sweep_frame, transfer, wide)
+                                  runs_frame, save_tables, scores, seed_sentence, share_table, summary, sweep_frame,
+                                  transfer, variance_parts, variance_shares, wide)
 from s3pet_nb.lab.store import Run, write_json
 from s3pet_nb.lab.study import Study, checked
 
@@ -503,6 +504,77 @@ def test_rows_that_never_differ_have_equal_ranks_and_no_p(make, root):
 def test_ranks_without_a_whole_block_are_missing(make, root):
     frame = answer(make(seeds=[0, 1]), root, [{"searched": 0.5}, {"bitfit": 0.5}])
     assert ranks(frame).blocks.tolist() == [0, 0] and ranks(frame)["rank"].isna().all()
+
+
+# ---------------------------------------------------------------------------- whose noise it is
+
+
+def crossed(draw, sizes, sds, rest):
+    "A score for each combination of levels: an effect of each level of each factor, and noise."
+    effects = [draw.normal(0, sd, size) for sd, size in zip(sds, sizes)]
+    index = pd.MultiIndex.from_product([range(size) for size in sizes], names=["split_seed", "init_seed", "order_seed"])
+    return pd.Series([sum(effect[k] for effect, k in zip(effects, at)) + draw.normal(0, rest) for at in index], index)
+
+
+def test_shares_of_the_variance_are_those_of_a_simulated_truth():
+    "Means over 200 simulated studies of 4 x 5 x 3 runs; the estimates are unbiased but where they are cut off at 0."
+    draw, truth = np.random.default_rng(0), {"split_seed": 4.0, "init_seed": 2.0, "order_seed": 1.0, "rest": 0.5}
+    sds = [truth[name] ** 0.5 for name in ("split_seed", "init_seed", "order_seed")]
+    found = pd.DataFrame([variance_parts(crossed(draw, (4, 5, 3), sds, 0.5 ** 0.5)) for _ in range(200)]).mean()
+    assert found.to_dict() == pytest.approx(truth, rel=0.25) and found.idxmax() == "split_seed"
+
+
+def test_variance_parts_by_hand():
+    "Two by two: squares 0.04 and 0.01 of the factors, 0.0025 of what they do together; one degree each."
+    cells = pd.Series({(0, 0): 0.5, (0, 1): 0.65, (1, 0): 0.75, (1, 1): 0.8}).rename_axis(["split_seed", "init_seed"])
+    parts = variance_parts(cells)
+    assert parts == pytest.approx({"split_seed": (0.04 - 0.0025) / 2, "init_seed": (0.01 - 0.0025) / 2, "rest": 0.0025})
+
+
+@pytest.mark.parametrize("lost", [1, 3])
+def test_a_design_that_is_not_crossed_has_no_shares(lost):
+    cells = crossed(np.random.default_rng(0), (2, 2, 2), (1, 1, 1), 1)
+    assert variance_parts(cells.iloc[lost:]) == {}
+    assert variance_parts(cells.xs(0, level="order_seed").xs(0, level="init_seed")) == {}, "one factor leaves no rest"
+
+
+@pytest.fixture
+def make_seeds(tmp_path):
+    parameters = PARAMETERS + "\nsplit_seed = -1\ninit_seed = -1"
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})],
+        metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}})
+    nbformat.write(notebook, tmp_path / "seeds.ipynb")
+    return lambda **content: checked("made", {"template": str(tmp_path / "seeds.ipynb")} | content)
+
+
+def test_seeds_of_parts_are_repetitions_and_no_points_of_the_grid(make_seeds, root):
+    study = make_seeds(grid={"split_seed": [-1, 5], "init_seed": [1, 2, 3]})
+    frame = answer(study, root, [{"searched": 0.5 + 0.1 * k, "random-1": 0.4} for k in range(6)])
+    assert frame[["seed", "split_seed", "init_seed"]].drop_duplicates().to_numpy().tolist() == [
+        [0, 0, 1], [0, 0, 2], [0, 0, 3], [0, 5, 1], [0, 5, 2], [0, 5, 3]], "what is left out is the seed"
+    assert summary(frame).seeds.tolist() == [6, 6] and len(wide(study, frame)) == 2
+    assert differences(study, frame).pairs.tolist() == [6] and ranks(frame).blocks.tolist() == [6, 6]
+    assert {"split_seed", "init_seed"} <= set(runs_frame(study, root))
+
+
+def test_a_method_is_paired_by_every_seed(make_seeds, root):
+    study = make_seeds(grid={"split_seed": [1, 2]}, against="b", methods={"a": {}, "b": {"params": {"budget": 0.5}}})
+    frame = answer(study, root, searched([0.5, 0.9, 0.4, 0.6]))
+    line, = differences(study, frame).to_dict("records")
+    assert (line["pairs"], line["mean"]) == (2, pytest.approx(0.2))
+    assert line["high"] - line["mean"] == pytest.approx(stats.t.ppf(0.975, 1) * 0.1)
+
+
+def test_shares_are_shown_in_per_cent_with_what_they_are(make_seeds, root):
+    study = make_seeds(grid={"split_seed": [1, 2], "init_seed": [1, 2, 3]})
+    frame = answer(study, root, searched([0.5, 0.5, 0.5, 0.7, 0.7, 0.7]))
+    found = variance_shares(frame)
+    assert share_table(found).iloc[0].to_dict() == {"row": "searched", "task": "glue/cola", "runs": 6, "sd": "14.1",
+                                                    "split_seed": "100%", "init_seed": "0%", "rest": "0%"}
+    assert seed_sentence(found).startswith("A crossed design of split_seed and init_seed")
+    one = make_seeds(grid={"split_seed": [1, 2]})
+    assert "at least two seeds" in seed_sentence(variance_shares(answer(one, root, searched([0.5, 0.6]))))
 
 
 # ---------------------------------------------------------------------------- tables

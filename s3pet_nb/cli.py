@@ -185,7 +185,7 @@ def run_one(study_name: str, out: Path, settings: list[str], task: str | None = 
     given = {name: value for name, value in options.items() if value is not None}
     params = start.params | given | assignments(settings, parameters(start.template))
     check(start.template, resolve(start.template, params))
-    from s3pet_nb.lab.page import index, learned_nothing, report, stopped_by_hand, stopped_early
+    from s3pet_nb.lab.page import index, learned_nothing, report, rows_seen, stopped_by_hand, stopped_early
     from s3pet_nb.lab.run import execute
 
     run = execute(start.template, params, out, start.name, stderr=sys.stderr)
@@ -196,6 +196,8 @@ def run_one(study_name: str, out: Path, settings: list[str], task: str | None = 
         say(f"search: stopped {early}", stderr=False)
     if nothing := learned_nothing(run.result):
         say(f"learned nothing: {nothing}", "yellow", stderr=False)
+    if seen := rows_seen(run.result):
+        say(f"test rows seen in a search: {seen}", "yellow", stderr=False)
     if by_hand := stopped_by_hand(run.result):
         say(f"stopped by hand: {by_hand}; remove {run.folder} to run it whole", stderr=False)
     say(f"report: {page}", stderr=False)

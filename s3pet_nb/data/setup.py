@@ -51,11 +51,6 @@ class Setup:
     search_seed: int | None = None  # of the order of the batches of the halves
     order_seed: int | None = None  # of the order of the batches of a training
 
-    @property
-    def task(self) -> Task:
-        "What is asked."
-        return self.form.task
-
     def batches(self,
                 rows: Dataset,  # of a split
                 seed: int | None = None,  # of the order of training batches; batches to be answered if None
@@ -78,6 +73,12 @@ class Setup:
         "Batches of every test split, by its name, to be answered."
         return {name: self.batches(rows) for name, rows in self.splits.items()
                 if name not in ("train", "validation")}
+
+# %% ../../nbs/data/06_setup.ipynb #setup-n22
+@patch(as_prop=True)
+def task(self: Setup) -> Task:
+    "What is asked."
+    return self.form.task
 
 # %% ../../nbs/data/06_setup.ipynb #setup-n08
 @patch(cls_method=True)

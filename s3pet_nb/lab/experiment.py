@@ -9,24 +9,28 @@ What this module does not do: it searches nothing, trains nothing, and writes no
 
 # %% auto #0
 __all__ = ['EQUAL', 'task_for', 'setup_for', 'Seeds', 'sizes_table', 'about', 'draw_seed', 'trainings_for', 'best_random',
-           'compared_with', 'row_of', 'mark_equal', 'value_table', 'machine_table']
+           'file_labels', 'compared_with', 'search_splits', 'rows_seen', 'brought', 'row_of', 'mark_equal',
+           'value_table', 'machine_table']
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-003
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import transformers
 from pandas.io.formats.style import Styler
 
 from ..core import Html, table
 from ..data.batch import judged
+from ..data.rows import Splits, content
 from ..data.setup import Setup
 from ..data.task import Task, find_task
-from .store import Run, structure_kind
+from .store import Run, read_json, structure_kind
 from ..learn.compute import pick_device
-from ..learn.protocol import Protocol
+from ..learn.protocol import PROTOCOLS, Protocol
 from ..learn.train import BASELINES, TrainResult
 from ..model.space import SearchSpace
 from ..model.structure import Structure
@@ -73,7 +77,8 @@ class Seeds:
 
     def of_setup(self) -> dict[str, int]:
         "As `Setup.of` names them."
-        return {"seed": self.split, "init_seed": self.init, "search_seed": self.search, "order_seed": self.order}
+        return {"seed": self.split, "init_seed": self.init, "search_seed": self.search,
+                "order_seed": self.order}
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-008
 def sizes_table(setup: Setup) -> Styler:
@@ -123,6 +128,16 @@ def best_random(
              "seconds": sum(row["seconds"] for row in drawn)}]
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-014
+def file_labels(files: Iterable[str]) -> dict[str, str]:
+    "Structure files by what their trainings are called."
+    labels = {}
+    for i, file in enumerate(files, start=1):
+        structure = Structure.load(file)
+        label = "-".join(filter(None, [structure.task, structure.method, str(i)]))
+        labels[label.replace("/", "-")] = file
+    return labels
+
+
 def compared_with(
     model: transformers.PreTrainedModel,
     B: int,  # the budget
@@ -137,11 +152,48 @@ def compared_with(
         chosen[name] = None if name == "finetune" else BASELINES[name](model)
         if cut and name != "finetune" and chosen[name].n_params > B:
             chosen[f"{name}-cut"] = BASELINES[name].cut(model, B, seed)
-    for i, file in enumerate(structures, start=1):
+    return chosen | {label: Structure.load(file) for label, file in file_labels(structures).items()}
+
+# %% ../../nbs/lab/14_experiment.ipynb #experiment-brought-1
+def search_splits(file: str, rules: Protocol, data_dir: str = "") -> Splits:
+    "The rows on which the structure in a file was searched; raises what reading a task raises."
+    structure, params = Structure.load(file), read_json(Path(file).with_name("params.json")) or {}
+    if params.get("protocol") in PROTOCOLS:
+        rules = PROTOCOLS[params["protocol"]]
+    task = task_for(str(params.get("task") or structure.task), rules)
+    own = params.get("split_seed")
+    seed = own if type(own) is int and own >= 0 else params.get("seed", structure.seed)
+    splits = task.load(data_dir or None, seed, rules.split_rule(task.name))
+    return splits.head(params.get("n_train") or None, params.get("n_eval") or None)
+
+
+def rows_seen(splits: Splits, setup: Setup) -> dict[str, int]:
+    "How many test rows of a setup are among the training and the validation rows of other splits."
+    key = setup.splits.key or setup.splits.train.column_names
+    tests = np.concatenate([content(rows, key) for name, rows in setup.splits.items()
+                            if name not in ("train", "validation")])
+    theirs = splits.key or splits.train.column_names
+    seen = {name: int(np.isin(tests, content(getattr(splits, name), theirs)).sum())
+            for name in ("train", "validation")}
+    return {"test_rows": len(tests), **seen}
+
+# %% ../../nbs/lab/14_experiment.ipynb #experiment-brought-3
+def brought(
+    files: Mapping[str, str],  # structure files by label
+    setup: Setup,  # on whose test rows they are scored
+    rules: Protocol,  # of a file that has no parameters beside it
+    data_dir: str = "",
+) -> list[dict]:  # label, task, seed, test_rows, train, validation; unknown, where rows cannot be counted
+    "Of each structure that is brought, how many of this run's test rows its search has seen."
+    found = []
+    for label, file in files.items():
         structure = Structure.load(file)
-        label = "-".join(filter(None, [structure.task, structure.method, str(i)]))
-        chosen[label.replace("/", "-")] = structure
-    return chosen
+        about = {"label": label, "on": setup.task.name, "task": structure.task, "seed": structure.seed}
+        try:
+            found.append(about | rows_seen(search_splits(file, rules, data_dir), setup))
+        except (ValueError, LookupError, OSError) as error:
+            found.append(about | {"unknown": str(error)})
+    return found
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-017
 def row_of(label: str, trained: TrainResult, setup: Setup) -> dict:
@@ -163,8 +215,8 @@ def mark_equal(
     for row in rows:
         tests.setdefault(row.get("task"), []).append(row["test"])
     equal = {task for task, scores in tests.items() if len(scores) > 1 and len(set(scores)) == 1}
-    return [{**row, "learned_nothing": row["learned_nothing"] or (EQUAL if row.get("task") in equal else None)}
-            for row in rows]
+    reasons = [row["learned_nothing"] or (EQUAL if row.get("task") in equal else None) for row in rows]
+    return [{**row, "learned_nothing": reason} for row, reason in zip(rows, reasons)]
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-020
 def value_table(values: Mapping, what: str) -> Html:

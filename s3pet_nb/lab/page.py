@@ -25,9 +25,9 @@ Formulas in LaTeX stay as they are written, because the page loads nothing to se
 # %% auto #0
 __all__ = ['PLOTLY', 'WIDGET', 'SCRIPT', 'ERROR_TAG', 'NAMELESS', 'OPTIONS', 'GIVEN', 'ASSETS', 'LIMIT', 'FILES', 'figure_html',
            'failure', 'static_output', 'static_notebook', 'command', 'study_command', 'stopped_early',
-           'stopped_by_hand', 'learned_nothing', 'facts', 'study_facts', 'page', 'body_html', 'report', 'say',
-           'score_table', 'transfer_table', 'all_runs', 'chosen_cells', 'hidden_error', 'compared', 'study_report',
-           'score_texts', 'index_frame', 'studies_frame', 'index']
+           'stopped_by_hand', 'learned_nothing', 'rows_seen', 'facts', 'study_facts', 'page', 'body_html', 'report',
+           'say', 'score_table', 'transfer_table', 'all_runs', 'chosen_cells', 'hidden_error', 'compared',
+           'study_report', 'score_texts', 'index_frame', 'studies_frame', 'index']
 
 # %% ../../nbs/lab/09_page.ipynb #report-003
 import html
@@ -193,13 +193,30 @@ def stopped_by_hand(
 def learned_nothing(
     result: Mapping,  # what result.json holds
 ) -> str | None:
-    "Which trainings learned nothing, by the reason; None if each says something, or the result does not know."
+    "Which trainings learned nothing, by the reason; None if none did, or the result does not know."
     labels: dict[str, list[str]] = {}
     for row in (is_sound(result) and result.get("rows")) or []:
         if why := row.get("learned_nothing"):
             name = f"{row['label']} on {row['task']}" if "task" in row else row["label"]
             labels.setdefault(why, []).append(name)
     return "; ".join(f"{', '.join(names)} ({why})" for why, names in labels.items()) or None
+
+# %% ../../nbs/lab/09_page.ipynb #report-019i
+def rows_seen(
+    result: Mapping,  # what result.json holds
+) -> str | None:
+    "Which structures that were brought were searched on test rows of the run; None if none was."
+    texts = []
+    for each in result.get("brought") or []:
+        counts = [f"{each[name]:,} were {name}{'ing' * (name == 'train')} rows"
+                  for name in ("validation", "train") if each.get(name)]
+        if counts:
+            texts.append(f"{each['label']}: of {each['test_rows']:,} test rows of {each['on']} "
+                         f"{' and '.join(counts)} of its search")
+        if "unknown" in each:
+            why = each["unknown"]
+            texts.append(f"{each['label']}: it is not known which rows it was searched on ({why})")
+    return "; ".join(texts) or None
 
 # %% ../../nbs/lab/09_page.ipynb #report-019b
 def _pruning(params: Mapping) -> dict[str, str]:
@@ -251,6 +268,7 @@ def facts(run: Run) -> dict[str, str]:
         "Stopped early": stopped_early(result),
         "Stopped by hand": stopped_by_hand(result),
         "Learned nothing": learned_nothing(result),
+        "Test rows seen in a search": rows_seen(result),
         **_pruning(params),
         "Protocol": _protocol(params),
         "Seed": _seeds(params),

@@ -931,7 +931,7 @@ def _forest(part: pd.DataFrame, heights: Sequence[int], color: str) -> dict:
 
 
 def _units(frame: pd.DataFrame) -> pd.DataFrame:
-    "The frame with what is said of a point, and numbers of which a hundredth is drawn as 1, whatever the unit."
+    "The frame with what is said of a point, and numbers that are drawn a hundred times, whatever the unit."
     hover = [f"<b>{as_text(pair.line)}</b><br>{as_text(pair.task)}: {gain_text(pair['mean'], pair.unit)}"
              f"{' points' * (pair.unit == 'points')}<br>interval {interval_text(pair)}<br>"
              f"ahead in {pair.ahead} of {pair.pairs} pairs" for _, pair in frame.iterrows()]

@@ -20,8 +20,8 @@ A seed counts once: several structures of a kind in one run, such as three rando
 anything else. The intervals and tests are scipy's. They treat seeds as a sample: with three of them an
 interval is wide, and says so. A higher score is the better one in every metric here.
 
-Scores of two tasks are never averaged: a point of accuracy is not a point of correlation. Over tasks there are
-means of ranks, and of differences in standard deviations of each task's scores. Seeds of one task are not
+Scores of two tasks are never averaged: a point of accuracy is not a point of correlation. Over tasks there
+are means of ranks, and of differences in standard deviations of each task's scores. Seeds of one task are not
 independent of each other, so it is tasks that such an interval draws anew.
 
 What this module does not do: it runs nothing and draws nothing."""
@@ -69,7 +69,8 @@ SEEDS = "split_seed", "init_seed", "search_seed", "order_seed"  # of a part of a
 
 def grid_columns(study: Study) -> dict[str, str]:  # name of the parameter -> name of its column
     "The parameters that the grid of the study or of a method varies, seeds and the task left out."
-    names = [name for _, part in study.parts() for name in part["grid"] if name not in ("task", "seed", *SEEDS)]
+    others = "task", "seed", *SEEDS
+    names = [name for _, part in study.parts() for name in part["grid"] if name not in others]
     return {name: f"params.{name}" if name in _TAKEN else name for name in names}
 
 
@@ -83,7 +84,7 @@ def _seeds_of(question: Question, names: Iterable[str]) -> dict[str, object]:
     "The question's seed and those of these names; one that is left out is the seed."
     seed = question.params.get("seed")
     own = {name: question.params.get(name) for name in names}
-    return {"seed": seed} | {name: seed if value is None or value == -1 else value for name, value in own.items()}
+    return {"seed": seed, **{name: seed if value in (None, -1) else value for name, value in own.items()}}
 
 
 def _point(question: Question, columns: Mapping[str, str]) -> dict:
@@ -194,8 +195,8 @@ def scores(
 ) -> pd.DataFrame:  # method, label, row, the grid's parameters, seed and `COLUMNS`
     "One row per trained structure of the runs that are done; attrs: the study's name, runs done and asked."
     columns, seeds, answers = grid_columns(study), seed_columns(study), _answers(study, root)
-    entries = [entry | _point(question, columns) | _seeds_of(question, seeds) for question, _, result in answers
-               for entry in _entries(question, result)]
+    entries = [entry | _point(question, columns) | _seeds_of(question, seeds)
+               for question, _, result in answers for entry in _entries(question, result)]
     names = ["method", "label", *columns.values(), "seed", *seeds, *COLUMNS]
     frame = pd.DataFrame(entries, columns=list(dict.fromkeys(names)))
     frame.insert(2, "row", _row_names(study, frame))
@@ -469,7 +470,7 @@ def _friedman(ranks: pd.DataFrame) -> float | None:  # a line for each block, a 
 def ranks(
     frame: pd.DataFrame,  # of `scores`
 ) -> pd.DataFrame:  # row, rank, low, high, tasks, blocks
-    "Mean rank of each row, 1 the best, over tasks, and within each over seed and grid point; attrs: p or None."
+    "Mean rank of each row, 1 the best, over tasks, within each over seed and grid point; attrs: p or None."
     per_seed = _per_seed(frame)
     per_seed["block"] = _groups(per_seed, [*_grid(frame), "task", *_seeds(frame)]).ngroup()
     blocks = per_seed.pivot(index="block", columns="row", values="test")[per_seed.row.unique()].dropna()
@@ -538,8 +539,8 @@ def seed_sentence(
         return "Shares of the variance need at least two seeds that the study varies, each with each."
     if frame.rest.isna().all():
         return "No row has a run for every combination of the seeds yet."
-    return (f"A crossed design of {', '.join(names[:-1])} and {names[-1]}; the rest is what they do together and "
-            "what none of them repeats. Few values of a seed say little of its share.")
+    return (f"A crossed design of {', '.join(names[:-1])} and {names[-1]}; the rest is what they do together "
+            "and what none of them repeats. Few values of a seed say little of its share.")
 
 
 def share_table(
@@ -547,7 +548,8 @@ def share_table(
 ) -> pd.DataFrame:
     "The same as text: sd in points of the score, shares in per cent."
     first = frame.columns.get_loc("sd")
-    shares = {name: [_number_text(value, ".0%") for value in frame[name]] for name in frame.columns[first + 1:]}
+    shares = {name: [_number_text(value, ".0%") for value in frame[name]]
+              for name in frame.columns[first + 1:]}
     points = {name: frame[name].map(value_text) for name in _point_names(frame)}
     return frame.assign(**points, **shares, sd=[_number_text(100 * sd, ".1f") for sd in frame.sd])
 

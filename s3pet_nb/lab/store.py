@@ -344,7 +344,7 @@ def attempt(says: list[str], make: Callable, *args: object) -> object | None:
         says.append(f"{kind}{error}".strip())
 
 # %% ../../nbs/lab/00_store.ipynb #store-from-plot
-CONTROLS = "random", "same-kinds", "upper-layers", "best-random"  # kinds that cost no search, under its budget
+CONTROLS = "random", "same-kinds", "upper-layers", "best-random"  # kinds under a search's budget without it
 
 
 def structure_kind(label: str) -> str:

@@ -339,7 +339,8 @@ def _sound_methods(methods: Mapping, faults: list[str]) -> dict:
             for name, changes in methods.items() if isinstance(changes, dict)}
 
 # %% ../../nbs/lab/02_study.ipynb #study-025
-VIEWS = ("table", "differences", "ranks", "sweep", "heatmaps", "heatmaps by task", "transfer", "cost", "seeds")
+VIEWS = ("table", "differences", "ranks", "sweep", "heatmaps", "heatmaps by task", "transfer", "cost",
+         "seeds")
 STATISTICS = ("mean", "median")
 
 

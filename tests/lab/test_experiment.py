@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.lab.experiment import (Seeds, about, best_random, compared_with, draw_seed, machine_table, mark_equal, row_of,
-                                     setup_for, sizes_table, task_for, trainings_for, value_table)
-from s3pet_nb.lab.store import Run
+from s3pet_nb.lab.experiment import (Seeds, about, best_random, brought, compared_with, draw_seed, file_labels,
+                                     machine_table, mark_equal, row_of, rows_seen, search_splits, setup_for,
+                                     sizes_table, task_for, trainings_for, value_table)
+from s3pet_nb.lab.store import Run, write_json
 from s3pet_nb.learn.protocol import PROTOCOLS
 from s3pet_nb.learn.train import BASELINES, TrainConfig, random_structure, retrain
 from s3pet_nb.model.backbone import blueprint
@@ -160,3 +161,76 @@ def test_a_seed_of_0_is_not_left_out():
     assert own.order_seed == 0 and own.splits.train["sentence"] == same.splits.train["sentence"]
     assert not next(iter(own.train))["input_ids"].equal(next(iter(same.train))["input_ids"])
     assert next(iter(own.delta))["input_ids"].equal(next(iter(same.delta))["input_ids"])
+
+
+# --- structures from elsewhere
+
+@pytest.fixture
+def own_task(tmp_path):
+    "A file of 300 different rows, of which each seed makes other splits."
+    path = tmp_path / "own.csv"
+    pd.DataFrame({"text": [f"row {i}" for i in range(300)], "label": ["ab"[i % 2] for i in range(300)]}).to_csv(
+        path, index=False)
+    return str(path)
+
+
+def found_on(folder, model, task, seed, **params):
+    "A structure file as a search with this seed leaves it, with its parameters beside it if there are any."
+    folder.mkdir()
+    drawn = replace(random_structure(make_space(model, "bias"), 500, 0), task="own", seed=seed)
+    drawn.save(folder / "structure.json")
+    if params:
+        write_json(folder / "params.json", {"task": task, "seed": seed, **params})
+    return str(folder / "structure.json")
+
+
+def shared(one, other):
+    return len(set(one["text"]) & set(other["text"]))
+
+
+def test_test_rows_that_a_search_has_seen_are_counted(own_task, model, tmp_path):
+    setup = setup_for(own_task, "minilm", RULES, "cpu", seed=0)
+    file = found_on(tmp_path / "found", model, own_task, 1, protocol="s3pet")
+    theirs = task_for(own_task, RULES).load(None, 1, RULES.split_rule("own"))
+    (line,) = brought({"own-random-1": file}, setup, RULES)
+    test = setup.splits.test
+    assert line == {"label": "own-random-1", "on": "own", "task": "own", "seed": 1, "test_rows": len(test),
+                    "train": shared(test, theirs.train), "validation": shared(test, theirs.validation)}
+    assert line["validation"] > 0 and line["train"] > 0
+
+
+def test_the_same_split_shares_no_row(own_task, model, tmp_path):
+    setup = setup_for(own_task, "minilm", RULES, "cpu", seed=3)
+    file = found_on(tmp_path / "found", model, own_task, 3, protocol="s3pet")
+    (line,) = brought({"x": file}, setup, RULES)
+    assert (line["train"], line["validation"]) == (0, 0)
+
+
+def test_the_split_is_made_again_from_the_parameters_beside_the_structure(own_task, model, tmp_path):
+    file = found_on(tmp_path / "found", model, own_task, 9, split_seed=2, n_eval=5, n_train=20)
+    splits, expected = search_splits(file, RULES), task_for(own_task, RULES).load(None, 2, RULES.split_rule("own"))
+    assert splits.sizes["validation"] == 5 and splits.sizes["train"] == 20
+    assert splits.validation["text"] == expected.validation["text"][:5]
+
+
+def test_a_task_that_cannot_be_read_is_unknown_and_ends_nothing(setup, model, tmp_path):
+    file = found_on(tmp_path / "found", model, "", 1)
+    (line,) = brought({"x": file}, setup, RULES)
+    assert "own" in line["unknown"] and "validation" not in line
+
+
+def test_rows_of_another_task_are_found_by_what_they_say(own_task, tmp_path):
+    "The same sentences under another name of the file and of its column."
+    other = tmp_path / "other.csv"
+    pd.read_csv(own_task).rename(columns={"text": "line"}).to_csv(other, index=False)
+    setup = setup_for(own_task, "minilm", RULES, "cpu", seed=0)
+    theirs = task_for(str(other), RULES).load(None, 0, RULES.split_rule("other"))
+    seen = rows_seen(theirs, setup)
+    assert seen["validation"] == len(set(setup.splits.test["text"]) & set(theirs.validation["line"]))
+    assert rows_seen(task_for(str(other), RULES).load(None, 1, RULES.split_rule("other")), setup)["validation"] > 0
+
+
+def test_files_are_labelled_as_their_trainings_are(model, tmp_path):
+    file = found_on(tmp_path / "found", model, "", 1)
+    labels = file_labels([file, file])
+    assert list(labels) == ["own-random-1", "own-random-2"] == list(compared_with(model, 500, [], False, [file, file], 0))

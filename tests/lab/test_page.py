@@ -620,3 +620,21 @@ def test_the_index_leaves_out_what_learned_nothing():
 def test_the_index_has_no_mean_over_two_tasks():
     rows = [{"label": "searched", "test": 0.8, "task": "a"}, {"label": "searched", "test": 0.2, "task": "b"}]
     assert score_texts({"rows": rows}) == {"searched on a": "0.800", "searched on b": "0.200"}
+
+
+def test_the_head_of_a_report_says_which_test_rows_a_search_has_seen(tmp_path):
+    run = make_run(tmp_path)
+    assert "Test rows seen in a search" not in facts(run)
+    lines = [{"label": "a", "on": "own", "test_rows": 1_200, "train": 0, "validation": 1_100},
+             {"label": "b", "on": "own", "test_rows": 1_200, "train": 0, "validation": 0},
+             {"label": "c", "on": "own", "unknown": "no file"}]
+    write_json(run.folder / "result.json", run.result | {"brought": lines})
+    assert facts(Run(run.folder))["Test rows seen in a search"] == (
+        "a: of 1,200 test rows of own 1,100 were validation rows of its search; "
+        "c: it is not known which rows it was searched on (no file)")
+
+
+def test_seeds_of_parts_stand_beside_the_seed(tmp_path):
+    run = make_run(tmp_path)
+    write_json(run.folder / "params.json", run.params | {"seed": 3, "split_seed": 0, "order_seed": 5, "init_seed": -1})
+    assert facts(Run(run.folder))["Seed"] == "3, split 0, order 5"

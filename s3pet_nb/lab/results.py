@@ -337,7 +337,7 @@ def _pairs(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
 def _compared(pairs: pd.DataFrame) -> dict:
     "What `differences` says of the pairs of one line and one task."
     gains = pairs.test - pairs.other
-    return {"tasks": 1, "pairs": len(gains), "ahead": int((gains > 0).sum()), "unit": "points",
+    return {"tasks": 1, "equal": 0, "pairs": len(gains), "ahead": int((gains > 0).sum()), "unit": "points",
             **_t_test(gains)}
 
 # %% ../../nbs/lab/08_results.ipynb #results-015d
@@ -381,11 +381,10 @@ def holm(
 # %% ../../nbs/lab/08_results.ipynb #results-015i
 def _together(pairs: pd.DataFrame, scales: pd.Series) -> dict:
     "What `differences` says of the pairs of one line over all tasks; `scales` are by task."
-    gains = pairs.test - pairs.other
-    sizes = (gains / pairs.task.map(scales)).replace([np.inf, -np.inf], np.nan).dropna()
+    sizes = ((pairs.test - pairs.other) / pairs.task.map(scales.where(scales > 0))).dropna()
     clusters = [values.to_numpy() for _, values in sizes.groupby(pairs.task[sizes.index], sort=False)]
-    return {"task": "all", "tasks": len(clusters), "pairs": len(gains), "ahead": int((gains > 0).sum()),
-            "unit": "sd", **clustered(clusters)}
+    return {"task": "all", "tasks": len(clusters), "equal": pairs.task.nunique() - len(clusters),
+            "pairs": len(sizes), "ahead": int((sizes > 0).sum()), "unit": "sd", **clustered(clusters)}
 
 
 def _lines(pairs: pd.DataFrame, line: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
@@ -405,9 +404,10 @@ def differences(
 ) -> pd.DataFrame:  # row, against, the grid's parameters, task, and the columns below
     """Searched minus `study.against`, paired over seeds: mean, 95 % interval, p, pairs ahead.
 
-    `unit` is "points" of one task's score, or over all tasks "sd", standard deviations of each task's scores.
+    `unit` is "points" of one task's score, or over all tasks "sd", standard deviations of each task's scores;
+    `equal` counts tasks that are left out there, as all their scores are equal.
     """
-    columns = ["tasks", "pairs", "unit", "mean", "low", "high", "p", "holm", "ahead"]
+    columns = ["tasks", "equal", "pairs", "unit", "mean", "low", "high", "p", "holm", "ahead"]
     table = _lines(_pairs(study, frame), ["row", *_grid(frame)], columns)
     table["holm"] = table.groupby("task").p.transform(holm) if len(table) else table.p
     table.insert(1, "against", study.against)
@@ -431,6 +431,8 @@ def _sentence(pair: pd.Series, comparisons: int) -> str:
         text += f", 95\u00a0% interval {interval_text(pair)}"
     elif pair.unit == "sd":
         text += f"; for an interval over tasks there should be {CLUSTERS}"
+    if pair.equal:
+        text += f"; tasks left out because all their scores are equal: {pair.equal:,}"
     if pd.notna(pair.holm) and comparisons > 1:
         text += f"; p {p_text(pair.holm)} after Holm’s correction for {comparisons:,} comparisons"
     return text + "."

@@ -433,7 +433,8 @@ def test_a_task_whose_scores_are_all_equal_has_no_size(make, root):
     study = make(seeds=[0, 1], grid={"task": ["x", "y"]})
     frame = answer(study, root, [{"searched": 0.5, "random-1": 0.5}, {"searched": 0.6, "random-1": 0.4}] * 2)
     whole = differences(study, frame).iloc[-1]
-    assert (whole.task, whole.tasks, whole.pairs) == ("all", 1, 4) and math.isfinite(whole["mean"])
+    assert (whole.task, whole.tasks, whole.equal, whole.pairs) == ("all", 1, 1, 2) and math.isfinite(whole["mean"])
+    assert "tasks left out because all their scores are equal: 1." in difference_sentences(differences(study, frame))[0]
 
 
 @pytest.mark.parametrize(("p", "corrected"), [

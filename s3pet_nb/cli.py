@@ -356,6 +356,7 @@ def run_jobs(asked: "Study", jobs: list["Job"], out: Path, backend: "Backend", r
     "Check what is to be run, all of it, run it, and write the study's page whatever happens."
     from s3pet_nb.lab.page import index, study_report
     from s3pet_nb.lab.pool import run_study
+    from s3pet_nb.lab.results import nothing_sentences, scores
     from s3pet_nb.lab.study import check_questions
 
     check_questions(asked.name, [job.question for job in jobs if force or job.state != "done"])
@@ -369,6 +370,8 @@ def run_jobs(asked: "Study", jobs: list["Job"], out: Path, backend: "Backend", r
     finally:
         page = study_report(asked, out)
         index(out)
+    for sentence in nothing_sentences(scores(asked, out)):
+        say(sentence, "yellow", stderr=False)
     close_study(progress, page)
 
 # %% ../nbs/cli.ipynb #cli-tasks

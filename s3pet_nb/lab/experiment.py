@@ -24,7 +24,7 @@ import transformers
 from pandas.io.formats.style import Styler
 
 from ..core import Html, table
-from ..data.batch import judged
+from ..data.batch import judged, scores
 from ..data.rows import Splits, content
 from ..data.setup import Setup
 from ..data.task import Task, find_task
@@ -198,10 +198,11 @@ def brought(
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-017
 def row_of(label: str, trained: TrainResult, setup: Setup) -> dict:
     "What a table says of a training: every test split is looked at now."
+    further = dict(setup.tests)
     with trained.on(setup.model) as carrier:
-        looked = {name: judged(carrier, batches) for name, batches in setup.tests.items()}
-    row = trained.row(label, {name: values for name, (values, _) in looked.items()})
-    return row | {"learned_nothing": looked["test"][1]}
+        own, nothing = judged(carrier, further.pop("test"))
+        tests = {"test": own} | {name: scores(carrier, batches) for name, batches in further.items()}
+    return trained.row(label, tests) | {"learned_nothing": nothing}
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-equal
 EQUAL = "all scores are equal"

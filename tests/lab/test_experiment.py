@@ -8,6 +8,7 @@ from s3pet_nb.core import UnknownName
 from s3pet_nb.lab.experiment import (Seeds, about, best_random, brought, compared_with, draw_seed, file_labels,
                                      machine_table, mark_equal, row_of, rows_seen, search_splits, setup_for,
                                      sizes_table, task_for, trainings_for, value_table)
+from s3pet_nb.lab.run import execute
 from s3pet_nb.lab.store import Run, write_json
 from s3pet_nb.learn.protocol import PROTOCOLS
 from s3pet_nb.learn.train import BASELINES, TrainConfig, random_structure, retrain
@@ -234,3 +235,36 @@ def test_files_are_labelled_as_their_trainings_are(model, tmp_path):
     file = found_on(tmp_path / "found", model, "", 1)
     labels = file_labels([file, file])
     assert list(labels) == ["own-random-1", "own-random-2"] == list(compared_with(model, 500, [], False, [file, file], 0))
+
+
+# --- both templates, whole
+
+SHORT = {"n_train": 32, "n_eval": 32, "retrain_steps": 2, "evaluate_every": 2, "seed": 1, "baselines": []}
+
+
+def rows_of(run):
+    return [(row["label"], row["n_params"], row["validation"], row["test"]) for row in run.result["rows"]]
+
+
+@pytest.mark.parametrize(("template", "steps"), [("search", {"search_steps": 3}), ("prune", {"prune_steps": 6})])
+def test_a_template_trains_the_controls_and_says_what_it_found(template, steps, model, tmp_path):
+    asked = SHORT | steps | {"equal_compute": True, "n_same_kinds": 1, "upper_first": True,
+                             "structures": [found_on(tmp_path / "found", model, "agreement", 0, protocol="s3pet")]}
+    run = execute(template, asked, tmp_path, template)
+    paid = run.result["search" if template == "search" else "prune"]["trainings"]
+    labels = [row["label"] for row in run.result["rows"]]
+    assert paid > 1 and labels == ["searched", *(f"random-{k}" for k in range(1, paid + 1)), "same-kinds-1",
+                                   "upper-layers", "own-random-1", "best-random"]
+    drawn = [row for row in run.result["rows"] if row["label"].startswith("random")]
+    best = run.result["rows"][-1]
+    assert best["best_of"] == paid and best["validation"] == max(row["validation"] for row in drawn)
+    assert all("learned_nothing" in row for row in run.result["rows"])
+    (line,) = run.result["brought"]
+    assert line["label"] == "own-random-1" and line["test_rows"] == 32 and "validation" in line
+
+
+def test_seeds_that_are_left_out_are_the_runs_own(tmp_path):
+    asked = SHORT | {"search_steps": 2, "n_random": 1}
+    seeds = dict.fromkeys(("split_seed", "init_seed", "search_seed", "order_seed"), 1)
+    left_out, given = (execute("search", asked | more, tmp_path, "search") for more in ({}, seeds))
+    assert rows_of(left_out) == rows_of(given) and left_out.id != given.id

@@ -361,7 +361,7 @@ def clustered(
 ) -> dict[str, float]:  # mean, low, high, p
     "Mean over the tasks of the means over their values, its interval, and p that it is 0."
     means = np.array([values.mean() for values in clusters])
-    line = {"mean": means.mean() if len(means) else np.nan, "low": np.nan, "high": np.nan, "p": np.nan}
+    line = {"mean": float(means.mean()) if len(means) else np.nan, "low": np.nan, "high": np.nan, "p": np.nan}
     if len(means) >= CLUSTERS:
         line["low"], line["high"] = _interval(clusters)
         line["p"] = float(stats.wilcoxon(means).pvalue) if means.any() else np.nan

@@ -260,7 +260,7 @@ def test_a_template_trains_the_controls_and_says_what_it_found(template, steps, 
     assert best["best_of"] == paid and best["validation"] == max(row["validation"] for row in drawn)
     assert all("learned_nothing" in row for row in run.result["rows"])
     (line,) = run.result["brought"]
-    assert line["label"] == "own-random-1" and line["test_rows"] == 32 and "validation" in line
+    assert line["label"] == "own-random-1" and line["test_rows"] == 64 and "validation" in line
 
 
 def test_seeds_that_are_left_out_are_the_runs_own(tmp_path):

@@ -17,7 +17,7 @@ What this module does not do: it does not know how a row is asked (that is the f
 # %% auto #0
 __all__ = ['STRETCH', 'CHUNK', 'MANY', 'TYPES', 'END', 'Buckets', 'Chunks', 'row_bytes', 'serialised', 'code', 'entries_key',
            'cache_folder', 'read_entries', 'one_thread', 'write_entries', 'entries_of', 'Batches', 'loader', 'predict',
-           'scores', 'score']
+           'answered', 'scores', 'score', 'judged']
 
 # %% ../../nbs/data/05_batch.ipynb #batch-003
 import hashlib
@@ -44,7 +44,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import __version__
 from ..core import check_counts, evaluating, to_device, writing
 from .form import Form
-from .metric import METRICS
+from .metric import METRICS, learned_nothing
 from .rows import content
 
 # %% ../../nbs/data/05_batch.ipynb #batch-006
@@ -250,15 +250,27 @@ def predict(model: torch.nn.Module, batches: Batches) -> np.ndarray:
     outcomes[batches.order] = longest_first
     return form.predictions(outcomes, batches.owners, batches.rows)
 
+# %% ../../nbs/data/05_batch.ipynb #batch-answered
+def answered(model: torch.nn.Module, batches: Batches) -> tuple[object, np.ndarray, np.ndarray | None]:
+    "Labels and predictions of all rows of batches made without a seed, and groups if the task has them."
+    task, rows, predictions = batches.form.task, batches.rows, predict(model, batches)
+    labels = list(rows[task.label]) if task.kind == "text" else np.asarray(rows[task.label][:])
+    return labels, predictions, content(rows, task.group) if task.group else None
+
 # %% ../../nbs/data/05_batch.ipynb #batch-n05
 def scores(model: torch.nn.Module, batches: Batches) -> dict[str, float]:
     "The task's metric over all rows of batches made without a seed, and those that are reported beside it."
-    task, rows, predictions = batches.form.task, batches.rows, predict(model, batches)
-    labels = list(rows[task.label]) if task.kind == "text" else np.asarray(rows[task.label][:])
-    groups = content(rows, task.group) if task.group else None
-    return {name: METRICS[name](labels, predictions, groups) for name in (task.metric, *task.beside)}
+    task, answers = batches.form.task, answered(model, batches)
+    return {name: METRICS[name](*answers) for name in (task.metric, *task.beside)}
 
 
 def score(model: torch.nn.Module, batches: Batches) -> float:
     "The task's metric over all rows of batches made without a seed."
     return scores(model, batches)[batches.form.task.metric]
+
+# %% ../../nbs/data/05_batch.ipynb #batch-nothing-1
+def judged(model: torch.nn.Module, batches: Batches) -> tuple[dict[str, float], str | None]:
+    "The scores of `scores`, and why they say nothing, as `learned_nothing` does; None where they do."
+    task, answers = batches.form.task, answered(model, batches)
+    values = {name: METRICS[name](*answers) for name in (task.metric, *task.beside)}
+    return values, learned_nothing(METRICS[task.metric], *answers)

@@ -54,15 +54,12 @@ class Setup:
     tokenizer: transformers.PreTrainedTokenizerBase
     whole: Splits  # all rows of the task
     splits: Splits  # those that are used
-    seed: int  # of the halves and of the order of training batches
+    seed: int  # of the splits and the halves; of what is below where that is None
     batch_size: int | None  # entries; the task's if None
     max_length: int | None  # tokens; the task's if None
     workers: int  # processes that prepare batches; 0 for this one
-
-    @property
-    def task(self) -> Task:
-        "What is asked."
-        return self.form.task
+    search_seed: int | None = None  # of the order of the batches of the halves
+    order_seed: int | None = None  # of the order of the batches of a training
 
     def batches(self,
                 rows: Dataset,  # of a split
@@ -86,6 +83,12 @@ class Setup:
         "Batches of every test split, by its name, to be answered."
         return {name: self.batches(rows) for name, rows in self.splits.items()
                 if name not in ("train", "validation")}
+
+# %% ../../nbs/data/06_setup.ipynb #setup-n22
+@patch(as_prop=True)
+def task(self: Setup) -> Task:
+    "What is asked."
+    return self.form.task
 
 # %% ../../nbs/data/06_setup.ipynb #setup-head-1
 HEADS = ("new", "prior", "probe")
@@ -155,6 +158,9 @@ def of(
     backbone: str | Path = "minilm",  # a packaged name, a folder, or a hub name
     *,
     seed: int = 0,
+    init_seed: int | None = None,  # of the new head's weights alone; `seed` if None, as the two below
+    search_seed: int | None = None,  # of the order of batches in a search alone
+    order_seed: int | None = None,  # of the order of batches in a training alone
     n_train: int | None = None,  # rows of training data; all if None
     n_eval: int | None = None,  # rows of each other split; all if None
     data_dir: str | Path | None = None,  # folder with the task's files; the hub if None
@@ -170,9 +176,11 @@ def of(
     task = find_task(task) if isinstance(task, str) else task
     whole = task.load(data_dir, seed, rule)
     form = FORMS[form](task) if form else form_of(task, backbone)
-    model, tokenizer = load_backbone(backbone, form.head, form.n_labels, seed=seed)
+    init = seed if init_seed is None else init_seed
+    model, tokenizer = load_backbone(backbone, form.head, form.n_labels, seed=init)
     splits = whole.head(n_train, n_eval)
-    setup = cls(form, model, tokenizer, whole, splits, seed, batch_size, max_length, workers)
+    setup = cls(form, model, tokenizer, whole, splits, seed, batch_size, max_length, workers, search_seed,
+                order_seed)
     if head_parameters(model) and head != "new":
         start_head(setup, probed=head == "probe")
     return setup
@@ -186,16 +194,16 @@ def __repr__(self: Setup) -> str:
 @patch(as_prop=True)
 def delta(self: Setup) -> Batches:
     "Training batches of D_delta, which trains the modules of a search."
-    return self.batches(self.halves[0], self.seed)
+    return self.batches(self.halves[0], self.seed if self.search_seed is None else self.search_seed)
 
 
 @patch(as_prop=True)
 def alpha(self: Setup) -> Batches:
     "Training batches of D_alpha, which trains the structural parameters."
-    return self.batches(self.halves[1], self.seed + 1)
+    return self.batches(self.halves[1], 1 + (self.seed if self.search_seed is None else self.search_seed))
 
 # %% ../../nbs/data/06_setup.ipynb #setup-n15
 @patch(as_prop=True)
 def train(self: Setup) -> Batches:
     "Training batches of all training rows."
-    return self.batches(self.splits.train, self.seed)
+    return self.batches(self.splits.train, self.seed if self.order_seed is None else self.order_seed)

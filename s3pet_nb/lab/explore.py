@@ -53,7 +53,7 @@ from .plot import (DASHED, LAB_STYLE, as_text, comparison_frame, draw_matrix, dr
                                draw_share, draw_sweep, mean_p_frame, p_frame, plain_figure, plot_sizes,
                                row_lines, share_frame)
 from .results import summary
-from .store import Run, attempt, faults, run_folders, structure_kind, unreadable
+from .store import CONTROLS, Run, attempt, faults, run_folders, structure_kind, unreadable
 from ..model.structure import Structure
 
 # %% ../../nbs/lab/13_explore.ipynb #explore-008
@@ -88,9 +88,13 @@ COLUMNS = ["study", "run", "task", "backbone", "space", "method", *NUMBERS, *SCO
 
 
 def _mean_scores(result: Mapping) -> dict[str, float]:
-    "Mean test score of a run's searched structures and of its random ones, NaN where there is none."
-    rows = pd.DataFrame(result.get("rows") or [], columns=["label", "test"])
+    """Mean test score of a run's searched structures and of its random ones, NaN where there is none.
+
+    What learned nothing has no part in it; scores of several tasks have no mean.
+    """
+    rows = pd.DataFrame(result.get("rows") or [], columns=["label", "test", "task", "learned_nothing"])
     scores = pd.to_numeric(rows.test, errors="coerce").astype(float)
+    scores = scores.where(rows.learned_nothing.isna() & (rows.task.nunique() < 2))
     kinds = rows.label.map(lambda label: structure_kind(str(label)))
     return {kind: scores[kinds == kind].mean() for kind in SCORES}
 
@@ -382,11 +386,13 @@ def sweep_frame(
         result = run.result
         for row in result.get("rows") or []:
             label = structure_kind(row["label"])
-            to_budget = label in ("searched", "random") or label.endswith("-cut")
-            rows.append([", ".join(filter(None, (label, setting))), label, setting, str(result.get("metric")),
+            to_budget = label in ("searched", *CONTROLS) or label.endswith("-cut")
+            metric = str(row.get("metric", result.get("metric")))
+            rows.append([", ".join(filter(None, (label, setting))), label, setting, metric,
                          result["budget"] if to_budget else row["n_params"],
-                         str(run.params.get("seed", run.id)), str(result.get("task")), row.get(split)])
-    columns = ["row", "label", "setting", "metric", "budget", "seed", "task", "test"]
+                         str(run.params.get("seed", run.id)), str(row.get("task", result.get("task"))),
+                         row.get(split), row.get("learned_nothing")])
+    columns = ["row", "label", "setting", "metric", "budget", "seed", "task", "test", "learned_nothing"]
     scores = pd.DataFrame(rows, columns=columns).astype({"test": float}).dropna(subset=["budget", "test"])
     points = summary(scores.assign(n_params=np.nan, ratio=np.nan)).drop(columns=["n_params", "ratio"])
     return points.sort_values(["task", "setting", "label", "budget"], kind="stable", ignore_index=True)

@@ -25,9 +25,9 @@ Formulas in LaTeX stay as they are written, because the page loads nothing to se
 # %% auto #0
 __all__ = ['PLOTLY', 'WIDGET', 'SCRIPT', 'ERROR_TAG', 'NAMELESS', 'OPTIONS', 'GIVEN', 'ASSETS', 'LIMIT', 'FILES', 'figure_html',
            'failure', 'static_output', 'static_notebook', 'command', 'study_command', 'stopped_early',
-           'stopped_by_hand', 'facts', 'study_facts', 'page', 'body_html', 'report', 'say', 'form_notes', 'score_table',
-           'transfer_table', 'all_runs', 'chosen_cells', 'hidden_error', 'compared', 'study_report', 'score_texts',
-           'index_frame', 'studies_frame', 'index']
+           'stopped_by_hand', 'learned_nothing', 'rows_seen', 'facts', 'study_facts', 'page', 'body_html', 'report',
+           'say', 'form_notes', 'score_table', 'transfer_table', 'all_runs', 'chosen_cells', 'hidden_error', 'compared',
+           'study_report', 'score_texts', 'index_frame', 'studies_frame', 'index']
 
 # %% ../../nbs/lab/09_page.ipynb #report-003
 import html
@@ -51,8 +51,8 @@ from plotly.offline import get_plotlyjs
 
 from ..core import Html, number_text, table, write_text
 from .plot import CLEAR, LEVEL, value_text
-from .results import (Outcome, best_of, grid_columns, is_sound, progress_text, run_scores,
-                                  runs_frame, wide)
+from .results import (SEEDS, Outcome, best_of, grid_columns, is_sound, progress_text, run_scores,
+                                  runs_frame, seed_columns, wide)
 from .run import ThisPython, literal
 from .store import Run, home, read_json, run_folders, structure_kind
 from .study import DATA_DIR, Study, resolve, save_study, template
@@ -184,6 +184,35 @@ def stopped_by_hand(result: Mapping) -> str | None:  # result: what result.json 
     return ", ".join(f"{stop['phase']} after {stop['step']:,} of {stop['steps']:,} steps"
                      for stop in result.get("stopped") or []) or None
 
+# %% ../../nbs/lab/09_page.ipynb #report-019e
+def learned_nothing(
+    result: Mapping,  # what result.json holds
+) -> str | None:
+    "Which trainings learned nothing, by the reason; None if none did, or the result does not know."
+    labels: dict[str, list[str]] = {}
+    for row in (is_sound(result) and result.get("rows")) or []:
+        if why := row.get("learned_nothing"):
+            name = f"{row['label']} on {row['task']}" if "task" in row else row["label"]
+            labels.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({why})" for why, names in labels.items()) or None
+
+# %% ../../nbs/lab/09_page.ipynb #report-019i
+def rows_seen(
+    result: Mapping,  # what result.json holds
+) -> str | None:
+    "Which structures that were brought were searched on test rows of the run; None if none was."
+    texts = []
+    for each in result.get("brought") or []:
+        counts = [f"{each[name]:,} were {name}{'ing' * (name == 'train')} rows"
+                  for name in ("validation", "train") if each.get(name)]
+        if counts:
+            texts.append(f"{each['label']}: of {each['test_rows']:,} test rows of {each['on']} "
+                         f"{' and '.join(counts)} of its search")
+        if "unknown" in each:
+            why = each["unknown"]
+            texts.append(f"{each['label']}: it is not known which rows it was searched on ({why})")
+    return "; ".join(texts) or None
+
 # %% ../../nbs/lab/09_page.ipynb #report-019b
 def _pruning(params: Mapping) -> dict[str, str]:
     "Criterion and pruning, of a run that has them."
@@ -208,6 +237,14 @@ def _protocol(params: Mapping) -> str | None:
     changes += ["dropout off"] * (params.get("dropout") is False)
     return params.get("protocol") and params["protocol"] + (f", but {', '.join(changes)}" if changes else "")
 
+# %% ../../nbs/lab/09_page.ipynb #report-019g
+def _seeds(params: Mapping) -> str | None:
+    "The seed of a run, and those parts of it that have one of their own."
+    own = {name: params.get(name) for name in SEEDS}
+    parts = [f"{name.removesuffix('_seed')} {seed}" for name, seed in own.items()
+             if type(seed) is int and seed >= 0]
+    return ", ".join([str(params["seed"]), *parts]) if "seed" in params else None
+
 # %% ../../nbs/lab/09_page.ipynb #report-019c
 def facts(run: Run) -> dict[str, str]:
     "Name and value of what the head of a report says of a run."
@@ -225,9 +262,11 @@ def facts(run: Run) -> dict[str, str]:
         "Gate and order": ", ".join(params[name] for name in ("gate", "order") if name in params) or None,
         "Stopped early": stopped_early(result),
         "Stopped by hand": stopped_by_hand(result),
+        "Learned nothing": learned_nothing(result),
+        "Test rows seen in a search": rows_seen(result),
         **_pruning(params),
         "Protocol": _protocol(params),
-        "Seed": params.get("seed"),
+        "Seed": _seeds(params),
         "Time and memory": ", ".join(cost) or None,
         "Run": f"{run.study}/{run.id}",
     }
@@ -343,7 +382,7 @@ def score_table(outcome: Outcome) -> Html:
     scores, shown = outcome.scores, wide(outcome.study, outcome.scores)
     tuned = shown.row.map(dict(zip(scores.row, scores.label))) == LEVEL
     points = len(grid_columns(outcome.study))
-    bold = {name: best_of(shown[name], ~tuned) for name in shown.columns[points + 2:]}
+    bold = {name: best_of(shown[name], ~tuned, name == "mean rank") for name in shown.columns[points + 2:]}
     return table(shown, bold=bold, parted=shown.columns[1:points + 1])
 
 
@@ -361,7 +400,8 @@ def all_runs(outcome: Outcome) -> Html:
     folder = home("..", study).as_posix()
     links = [f"{folder}/{row.run_id}/report.html" if (row.folder / "report.html").is_file() else None
              for row in frame.itertuples()]
-    values = {name: frame[name].map(value_text) for name in (*grid_columns(study).values(), "task", "seed")}
+    names = (*grid_columns(study).values(), "task", "seed", *seed_columns(study))
+    values = {name: frame[name].map(value_text) for name in names}
     shown = frame[["method"]].assign(**values, state=frame.state, score=frame.run_id.map(run_scores(outcome)),
                                      run=frame.run_id, what_went_wrong=frame.why)
     empty = [name for name in ("method", "what_went_wrong") if not shown[name].any()]
@@ -428,10 +468,17 @@ def study_report(
 
 # %% ../../nbs/lab/09_page.ipynb #report-031
 def score_texts(result: Mapping) -> dict[str, str]:  # result: what result.json holds
-    "Test score of each kind of structure; for several of a kind their mean, range and number."
-    rows = pd.DataFrame((is_sound(result) and result.get("rows")) or [], columns=["label", "test"])
-    texts = {}
-    for kind, scores in rows.test.astype(float).groupby(rows.label.map(structure_kind), sort=False):
+    """Test score of each kind of structure; for several of a kind their mean, range and number.
+
+    What learned nothing has no part in them; kinds of several tasks are named with the task.
+    """
+    columns = ["label", "test", "task", "learned_nothing"]
+    rows = pd.DataFrame((is_sound(result) and result.get("rows")) or [], columns=columns)
+    kinds = rows.label.map(structure_kind)
+    kinds = kinds + " on " + rows.task if rows.task.nunique() > 1 else kinds
+    learned = rows.learned_nothing.isna()
+    texts = dict.fromkeys(kinds, "learned nothing")
+    for kind, scores in rows.test[learned].astype(float).groupby(kinds[learned], sort=False):
         spread = f" ({scores.min():.3f} to {scores.max():.3f}, {len(scores)})" if len(scores) > 1 else ""
         texts[kind] = f"{scores.mean():.3f}{spread}"
     return texts

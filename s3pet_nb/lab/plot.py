@@ -35,8 +35,8 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'STYLES', 'INK', 'G
            'draw_mean_p', 'plot_mean_p', 'share_frame', 'draw_share', 'plot_share', 'draw_mean', 'steps_frame',
            'budget_frame', 'plot_budget', 'mixed_frame', 'plot_mixed', 'loss_frame', 'plot_loss', 'score_frame',
            'plot_score', 'structure_frame', 'comparison_frame', 'score_columns', 'plot_comparison', 'plot_sizes',
-           'plot_budgets', 'value_text', 'signed', 'interval_text', 'row_lines', 'draw_sweep', 'draw_differences',
-           'draw_matrix', 'draw_transfer']
+           'plot_budgets', 'value_text', 'signed', 'gain_text', 'interval_text', 'row_lines', 'draw_sweep',
+           'draw_differences', 'draw_matrix', 'draw_transfer']
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-003
 import html
@@ -657,12 +657,17 @@ def structure_frame(
 def comparison_frame(
     source: Run | Mapping,  # a finished run, or its result
 ) -> pd.DataFrame:  # label, structure, modules, n_params, ratio, …, scores, steps, seconds
-    "One row per re-trained structure; `ratio` is its number of parameters over the backbone's."
+    """One row per re-trained structure; `ratio` is its number of parameters over the backbone's.
+
+    `learned_nothing` is there if any of the trainings did, and says why.
+    """
     result = _result(source)
     frame = pd.DataFrame(result["rows"])
     if "modules" in frame:
         frame["modules"] = frame.modules.astype("Int64")  # full fine-tuning has none
     frame.insert(frame.columns.get_loc("n_params") + 1, "ratio", frame.n_params / result["n_backbone"])
+    if "learned_nothing" in frame and frame.learned_nothing.isna().all():
+        frame = frame.drop(columns="learned_nothing")
     return frame
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-056
@@ -680,6 +685,22 @@ def _kind_label(kind: str, part: pd.DataFrame) -> str:
     count = f" ({len(part)})" if len(part) > 1 else ""
     return f"{as_text(kind)}{count}<br>{low:,}" + (f"–{high:,}" if high > low else "") + " parameters"
 
+# %% ../../nbs/lab/07_plot.ipynb #plot-056n
+def _marks(frame: pd.DataFrame, symbol: str) -> str | list[str]:
+    "A symbol for the trainings of a frame, a cross where nothing was learned."
+    if "learned_nothing" not in frame:
+        return symbol
+    return [symbol if pd.isna(why) else "x" for why in frame.learned_nothing]
+
+
+def _names(frame: pd.DataFrame) -> list[str]:
+    "What a point is called when it is pointed at."
+    names = frame.label.map(as_text)
+    if "learned_nothing" not in frame:
+        return names.tolist()
+    return [name if pd.isna(why) else f"{name}<br>learned nothing: {as_text(why)}"
+            for name, why in zip(names, frame.learned_nothing)]
+
 # %% ../../nbs/lab/07_plot.ipynb #plot-056b
 def plot_comparison(source: Run | Mapping) -> go.Figure:  # source: a finished run, or its result
     "Scores of every re-trained structure: a line for each kind, a symbol for each split, no seed left out."
@@ -693,8 +714,8 @@ def plot_comparison(source: Run | Mapping) -> go.Figure:  # source: a finished r
         symbol, width = ("circle-open", 2) if split == "validation" else (SYMBOLS[k % len(SYMBOLS)], 0)
         figure.add_scatter(
             x=frame[split], y=kind.map(kinds.index) + lane, mode="markers", name=name,
-            marker=DOT | dict(color=colour, line_width=width, symbol=symbol),
-            text=frame.label.map(as_text), customdata=list(zip(frame.structure.map(as_text), frame.n_params)),
+            marker=DOT | dict(color=colour, line_width=width, symbol=_marks(frame, symbol)),
+            text=_names(frame), customdata=list(zip(frame.structure.map(as_text), frame.n_params)),
             hovertemplate=f"<b>%{{text}}</b><br>{name} {metric} %{{x:.3f}}<br>%{{customdata[0]}}<br>"
                           "%{customdata[1]:,} parameters<extra></extra>")
     labels = [_kind_label(name, frame[kind == name]) for name in kinds]
@@ -714,8 +735,8 @@ def plot_sizes(source: Run | Mapping) -> go.Figure:  # source: a finished run, o
     for name, part in frame.groupby(kind, sort=False):
         symbol = SYMBOLS[("solid", "dash", "dot").index(lines[name]["dash"])]
         figure.add_scatter(
-            x=part.n_params, y=part.test, mode="markers", name=as_text(name), text=part.label.map(as_text),
-            marker=DOT | dict(color=lines[name]["color"], symbol=symbol),
+            x=part.n_params, y=part.test, mode="markers", name=as_text(name), text=_names(part),
+            marker=DOT | dict(color=lines[name]["color"], symbol=_marks(part, symbol)),
             hovertemplate="<b>%{text}</b><br>%{x:,} parameters<br>test %{y:.3f}<extra></extra>")
     lay_out(figure, "Scores against sizes", 380, yaxis_title_text=f"test {metric}",
             xaxis=dict(title_text="trained parameters, a new head left out", **_LOG_AXIS))
@@ -767,9 +788,19 @@ def signed(share: float) -> str:  # share of a score, from -1 to 1
     return f"{round(100 * share, 1) + 0.0:+.1f}".replace("-", "−")  # a zero has no minus
 
 
+def gain_text(
+    gain: float,  # a share of a score, or a number of standard deviations
+    unit: str,  # "points" or "sd"
+) -> str:
+    "A difference with its sign, in points of a score, or in standard deviations."
+    return f"{round(gain, 2) + 0.0:+.2f}\u00a0sd".replace("-", "−") if unit == "sd" else signed(gain)
+
+
 def interval_text(pair: pd.Series) -> str:  # pair of `differences`
-    "The interval of a mean difference, in points."
-    return MISSING if pd.isna(pair.low) else f"{signed(pair.low)} to {signed(pair.high)}"
+    "The interval of a mean difference, in its unit."
+    ends = [gain_text(end, pair.get("unit", "points")) for end in (pair.low, pair.high)]
+    return MISSING if pd.isna(pair.low) else " to ".join(ends)
+
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-073
 SEARCHED, LEVEL = "searched", "finetune"  # labels of the structure that was searched, and of all weights
@@ -856,13 +887,19 @@ def draw_sweep(
 # %% ../../nbs/lab/07_plot.ipynb #plot-080
 def _forest(part: pd.DataFrame, heights: Sequence[int], color: str) -> dict:
     "Means, bars and what is said of them when pointed at."
-    hover = [f"<b>{as_text(pair.line)}</b><br>{as_text(pair.task)}: {signed(pair['mean'])} points<br>"
-             f"interval {interval_text(pair)}<br>ahead in {pair.ahead} of {pair.pairs} pairs"
-             for _, pair in part.iterrows()]
     symbols = ["diamond" if task == "all" else "circle" for task in part.task]
-    return dict(x=100 * part["mean"], y=heights, mode="markers", showlegend=False, text=hover,
+    return dict(x=100 * part["mean"], y=heights, mode="markers", showlegend=False, text=part.hover,
                 error_x=_bars(part, thickness=2, width=4), hovertemplate="%{text}<extra></extra>",
                 marker=dict(color=color, size=10, symbol=symbols))
+
+
+def _units(frame: pd.DataFrame) -> pd.DataFrame:
+    "The frame with what is said of a point, and numbers that are drawn a hundred times, whatever the unit."
+    hover = [f"<b>{as_text(pair.line)}</b><br>{as_text(pair.task)}: {gain_text(pair['mean'], pair.unit)}"
+             f"{' points' * (pair.unit == 'points')}<br>interval {interval_text(pair)}<br>"
+             f"ahead in {pair.ahead} of {pair.pairs} pairs" for _, pair in frame.iterrows()]
+    share = frame.unit.map({"points": 1.0, "sd": 0.01})
+    return frame.assign(hover=hover, **{name: frame[name] * share for name in ("mean", "low", "high")})
 
 
 def _around_zero(part: pd.DataFrame) -> list[float]:
@@ -876,9 +913,13 @@ def draw_differences(
     frame: pd.DataFrame,  # of `results.differences`, with lines; an empty one is a `ValueError`
     lines: Mapping[str, Mapping],  # of `row_lines`
 ) -> go.Figure:
-    "Mean differences with intervals; a line for each task, or where there are more rows a panel of them."
+    """Mean differences with intervals; a line for each task, or where there are more rows a panel of them.
+
+    All tasks together are in standard deviations, in a panel of their own, and not beside lines in points.
+    """
     if frame.empty:
         raise ValueError("there is no pair yet of a searched structure and what it is compared with")
+    frame = _units(frame if frame.line.nunique() > 1 else frame[frame.unit == "points"])
     tasks, one = sorted(frame.task.unique(), key="all".__eq__), frame.line.nunique() == 1
     panel, height = (frame.task * 0, frame.task) if one else (frame.task, frame.line)
     panels, names = ([""], tasks) if one else (tasks, list(frame.line.unique()))
@@ -894,8 +935,9 @@ def draw_differences(
         figure.update_xaxes(range=_around_zero(frame[panel == task]), **place)
     figure.add_vline(0, line=DASHED)
     figure.update_xaxes(nticks=5).update_xaxes(title_text="points of score", row=rows)
-    texts = ["all tasks" if name == "all" and one else name for name in names]
-    figure.update_yaxes(**name_ticks(texts), range=[len(names) - 0.4, -0.6], ticklabelstandoff=6)
+    if "all" in panels:
+        figure.update_xaxes(title_text="standard deviations", **places["all"])
+    figure.update_yaxes(**name_ticks(names), range=[len(names) - 0.4, -0.6], ticklabelstandoff=6)
     return lay_out(figure, f"Searched minus {as_text(frame.against.iloc[0])}, paired over seeds, with "
                            "95 % intervals; right of zero: ahead", body + 150)
 

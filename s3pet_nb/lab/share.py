@@ -169,13 +169,17 @@ def _heatmap(structure: Structure) -> str:
 # %% ../../nbs/lab/06_share.ipynb #share-n37
 def _scores(result: Mapping) -> str:
     "What a run compared, as a Markdown table; nothing where there is no result."
-    rows = [{"structure": _text(row.get("label")), "parameters": number_text(row.get("n_params"))}
-            | {name: number_text(row.get(name), ".4f") for name in ("validation", "test")}
+    rows = [{"structure": _text(row.get("label")), "parameters": number_text(row.get("n_params"), ","),
+             "validation": number_text(row.get("validation"), ".4f"), "test": number_text(row.get("test"), ".4f"),
+             "learned nothing": _text(row.get("learned_nothing") or "")}
             for row in result.get("rows") or []]
     if not rows:
         return ""
-    right = ("left", "right", "right", "right")
-    table = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=right)
+    frame = pd.DataFrame(rows)
+    if not frame["learned nothing"].any():
+        frame.pop("learned nothing")
+    right = ("left", "right", "right", "right", "left")[:len(frame.columns)]
+    table = frame.to_markdown(index=False, disable_numparse=True, colalign=right)
     return f"## Scores\n\n{_text(result.get('metric'))}; trained on the same batches.\n\n{table}\n\n"
 
 # %% ../../nbs/lab/06_share.ipynb #share-n01

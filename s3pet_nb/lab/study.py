@@ -43,7 +43,8 @@ from fastcore.basics import patch
 
 import s3pet_nb
 from ..core import UnknownName, check_names, value_table
-from .store import plain_name, run_id, write_json
+from .store import CONTROLS, plain_name, run_id, write_json
+
 
 # %% ../../nbs/lab/02_study.ipynb #study-006
 PACKAGE = Path(s3pet_nb.__file__).parent
@@ -353,7 +354,7 @@ def _sound_methods(methods: Mapping, faults: list[str]) -> dict:
 
 # %% ../../nbs/lab/02_study.ipynb #study-025
 VIEWS = ("table", "differences", "ranks", "sweep", "heatmaps", "heatmaps by task", "transfer", "cost",
-         "rates", "admission")
+         "rates", "admission", "seeds")
 STATISTICS = ("mean", "median")
 
 
@@ -372,7 +373,7 @@ def _word_faults(study: Study) -> Iterator[str]:
                               *(("view", view, VIEWS) for view in study.show)]:
         yield from refusal(check_names, kind, [str(name)], known)
     yield from refusal(plain_name, "folder", study.folder) if study.folder else []
-    known = {"random", *study.methods, *_baselines(study)}
+    known = {*CONTROLS, *study.methods, *_baselines(study)}
     if study.against not in known and difflib.get_close_matches(study.against, known, cutoff=0.8):
         yield f"against: {UnknownName('kind of structure or method', study.against, known)}"
     if len(set(map(repr, study.seeds))) < len(study.seeds):

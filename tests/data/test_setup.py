@@ -130,3 +130,27 @@ def test_a_probe_reads_the_frozen_backbone_and_touches_the_head_alone():
 def test_a_head_that_starts_in_another_way_is_refused():
     with pytest.raises(UnknownName, match="unknown start of a head 'probed'; did you mean 'probe'"):
         Setup.of("agreement", head="probed")
+def first(batches):
+    return next(iter(batches))["input_ids"]
+
+
+def test_each_part_has_a_seed_of_its_own_and_the_others_stay():
+    few = {"n_train": 64, "n_eval": 8}
+    plain = Setup.of("agreement", seed=1, **few)
+    weights = {name: weight for name, weight in plain.model.named_parameters() if "classifier" in name}
+    for name in ("init_seed", "search_seed", "order_seed"):
+        own = Setup.of("agreement", seed=1, **few, **{name: 5})
+        assert own.splits.train["sentence"] == plain.splits.train["sentence"]
+        assert own.halves[0]["sentence"] == plain.halves[0]["sentence"]
+        same_head = all(weight.equal(dict(own.model.named_parameters())[key]) for key, weight in weights.items())
+        assert same_head == (name != "init_seed")
+        assert first(own.train).equal(first(plain.train)) == (name != "order_seed")
+        assert first(own.delta).equal(first(plain.delta)) == (name != "search_seed")
+        assert first(own.alpha).equal(first(plain.alpha)) == (name != "search_seed")
+
+
+def test_seeds_that_are_the_same_change_nothing():
+    plain = Setup.of("agreement", seed=2, n_train=64, n_eval=8)
+    own = Setup.of("agreement", seed=2, init_seed=2, search_seed=2, order_seed=2, n_train=64, n_eval=8)
+    assert first(own.train).equal(first(plain.train)) and first(own.delta).equal(first(plain.delta))
+    assert all(one.equal(other) for one, other in zip(own.model.parameters(), plain.model.parameters()))

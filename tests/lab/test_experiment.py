@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.lab.experiment import (PAPERS, about, ahead, budget_for, budget_text, compared_with, config_for,
-                                     differences_from_paper, machine_table, paper_line, pass_seconds, recipe_for,
-                                     row_of, scoring, setup_for, sizes_table, task_for, value_table)
-from s3pet_nb.lab.store import Run
+from s3pet_nb.lab.experiment import (PAPERS, Seeds, about, ahead, best_random, brought, budget_for, budget_text,
+                                     compared_with, config_for, differences_from_paper, draw_seed, file_labels,
+                                     machine_table, mark_equal, paper_line, pass_seconds, recipe_for, row_of,
+                                     rows_seen, scoring, search_splits, setup_for, sizes_table, task_for,
+                                     trainings_for, value_table)
+from s3pet_nb.lab.run import execute
+from s3pet_nb.lab.store import Run, write_json
 from s3pet_nb.lab.study import parameters, study
 from s3pet_nb.learn.compute import Compute
 from s3pet_nb.learn.protocol import PROTOCOLS, RECIPES
@@ -181,3 +184,173 @@ def test_tables_escape_what_they_show(tmp_path):
     run.save_result({"device": "cpu", "seconds": 1.5, "rows": [1], "versions": {"torch": "2.13.0"}})
     shown = machine_table(run)
     assert "2.13.0" in shown and "device" in shown and "rows" not in shown
+
+
+# --- what says nothing
+
+def test_an_untrained_model_learned_nothing_and_its_row_says_so(setup):
+    structure = random_structure(make_space(setup.model, "bias"), 500, 0)
+    trained = retrain(setup.model, structure, setup.train, setup.validation, callbacks=(),
+                      config=TrainConfig(steps=1, lr=1e-9, evaluate_every=1))
+    row = row_of("random-1", trained, setup)
+    assert row["learned_nothing"] in ("one class", "no better than one class") and list(row)[-1] == "learned_nothing"
+
+
+@pytest.mark.parametrize(("tests", "reasons"), [
+    ([0.5, 0.5, 0.5], ["all scores are equal"] * 3), ([0.5, 0.5, 0.6], [None] * 3), ([0.5], [None])])
+def test_a_comparison_of_equal_scores_is_marked(tests, reasons):
+    rows = [{"label": str(k), "test": test, "learned_nothing": None} for k, test in enumerate(tests)]
+    assert [row["learned_nothing"] for row in mark_equal(rows)] == reasons
+    assert [row["learned_nothing"] for row in rows] == [None] * len(tests), "what is given stays as it was"
+
+
+def test_scores_are_equal_within_a_task_and_a_reason_of_its_own_stays():
+    rows = [{"task": task, "test": test, "learned_nothing": why}
+            for task, test, why in (("a", 0.5, "one class"), ("a", 0.5, None), ("b", 0.5, None), ("b", 0.6, None))]
+    assert [row["learned_nothing"] for row in mark_equal(rows)] == ["one class", "all scores are equal", None, None]
+
+
+# --- what is drawn, and the best of it
+
+def test_draws_differ_by_task_seed_and_number_and_are_the_same_everywhere():
+    seeds = {draw_seed(task, seed, number) for task in ("a", "b") for seed in range(5) for number in range(5)}
+    assert len(seeds) == 50 and all(0 <= seed < 2 ** 32 for seed in seeds)
+    assert draw_seed("agreement", 0, 1) == 69506650
+
+
+def drawn(*scores):
+    return [{"label": f"random-{k}", "validation": score, "test": 0.1 * k, "seconds": 2.0}
+            for k, score in enumerate(scores, start=1)]
+
+
+def test_the_best_of_k_is_chosen_by_validation_among_the_first_k():
+    rows = [{"label": "searched", "validation": 0.99, "test": 0.9, "seconds": 1.0}, *drawn(0.5, 0.7, 0.9)]
+    (best,) = best_random(rows, 2)
+    assert (best["label"], best["test"], best["best_of"], best["seconds"]) == ("best-random", 0.2, 2, 4.0)
+    assert best_random(rows, 9)[0]["best_of"] == 3
+    assert best_random(rows, 1) == [] == best_random(rows[:2], 5)
+
+
+@pytest.mark.parametrize(("passes", "steps", "count"), [(320, 300, 1), (450.5, 300, 2), (600, 300, 2), (4, 100, 1)])
+def test_trainings_for_the_passes_of_a_search(passes, steps, count):
+    assert trainings_for(passes, steps) == count
+
+
+# --- seeds
+
+def test_a_seed_that_is_left_out_is_that_of_the_run():
+    assert Seeds.of(4) == Seeds(4, 4, 4, 4) and Seeds.of(4, init=0, order=9) == Seeds(4, 0, 4, 9)
+
+
+def test_a_seed_of_0_is_not_left_out():
+    own = setup_for("agreement", "minilm", RULES, "cpu", n_train=32, n_eval=16, **Seeds.of(3, order=0).of_setup())
+    same = setup_for("agreement", "minilm", RULES, "cpu", n_train=32, n_eval=16, seed=3)
+    assert own.order_seed == 0 and own.splits.train["sentence"] == same.splits.train["sentence"]
+    assert not next(iter(own.train))["input_ids"].equal(next(iter(same.train))["input_ids"])
+    assert next(iter(own.delta))["input_ids"].equal(next(iter(same.delta))["input_ids"])
+
+
+# --- structures from elsewhere
+
+@pytest.fixture
+def own_task(tmp_path):
+    "A file of 300 different rows, of which each seed makes other splits."
+    path = tmp_path / "own.csv"
+    pd.DataFrame({"text": [f"row {i}" for i in range(300)], "label": ["ab"[i % 2] for i in range(300)]}).to_csv(
+        path, index=False)
+    return str(path)
+
+
+def found_on(folder, model, task, seed, **params):
+    "A structure file as a search with this seed leaves it, with its parameters beside it if there are any."
+    folder.mkdir()
+    drawn = replace(random_structure(make_space(model, "bias"), 500, 0), task="own", seed=seed)
+    drawn.save(folder / "structure.json")
+    if params:
+        write_json(folder / "params.json", {"task": task, "seed": seed, **params})
+    return str(folder / "structure.json")
+
+
+def shared(one, other):
+    return len(set(one["text"]) & set(other["text"]))
+
+
+def test_test_rows_that_a_search_has_seen_are_counted(own_task, model, tmp_path):
+    setup = setup_for(own_task, "minilm", RULES, "cpu", seed=0)
+    file = found_on(tmp_path / "found", model, own_task, 1, protocol="s3pet")
+    theirs = task_for(own_task, RULES).load(None, 1, RULES.split_rule("own"))
+    (line,) = brought({"own-random-1": file}, setup, RULES)
+    test = setup.splits.test
+    assert line == {"label": "own-random-1", "on": "own", "task": "own", "seed": 1, "test_rows": len(test),
+                    "train": shared(test, theirs.train), "validation": shared(test, theirs.validation)}
+    assert line["validation"] > 0 and line["train"] > 0
+
+
+def test_the_same_split_shares_no_row(own_task, model, tmp_path):
+    setup = setup_for(own_task, "minilm", RULES, "cpu", seed=3)
+    file = found_on(tmp_path / "found", model, own_task, 3, protocol="s3pet")
+    (line,) = brought({"x": file}, setup, RULES)
+    assert (line["train"], line["validation"]) == (0, 0)
+
+
+def test_the_split_is_made_again_from_the_parameters_beside_the_structure(own_task, model, tmp_path):
+    file = found_on(tmp_path / "found", model, own_task, 9, split_seed=2, n_eval=5, n_train=20)
+    splits, expected = search_splits(file, RULES), task_for(own_task, RULES).load(None, 2, RULES.split_rule("own"))
+    assert splits.sizes["validation"] == 5 and splits.sizes["train"] == 20
+    assert splits.validation["text"] == expected.validation["text"][:5]
+
+
+def test_a_task_that_cannot_be_read_is_unknown_and_ends_nothing(setup, model, tmp_path):
+    file = found_on(tmp_path / "found", model, "", 1)
+    (line,) = brought({"x": file}, setup, RULES)
+    assert "own" in line["unknown"] and "validation" not in line
+
+
+def test_rows_of_another_task_are_found_by_what_they_say(own_task, tmp_path):
+    "The same sentences under another name of the file and of its column."
+    other = tmp_path / "other.csv"
+    pd.read_csv(own_task).rename(columns={"text": "line"}).to_csv(other, index=False)
+    setup = setup_for(own_task, "minilm", RULES, "cpu", seed=0)
+    theirs = task_for(str(other), RULES).load(None, 0, RULES.split_rule("other"))
+    seen = rows_seen(theirs, setup)
+    assert seen["validation"] == len(set(setup.splits.test["text"]) & set(theirs.validation["line"]))
+    assert rows_seen(task_for(str(other), RULES).load(None, 1, RULES.split_rule("other")), setup)["validation"] > 0
+
+
+def test_files_are_labelled_as_their_trainings_are(model, tmp_path):
+    file = found_on(tmp_path / "found", model, "", 1)
+    labels = file_labels([file, file])
+    assert list(labels) == ["own-random-1", "own-random-2"] == list(compared_with(model, 500, [], False, [file, file], 0))
+
+
+# --- both templates, whole
+
+SHORT = {"n_train": 32, "n_eval": 32, "retrain_steps": 2, "evaluate_every": 2, "seed": 1, "baselines": []}
+
+
+def rows_of(run):
+    return [(row["label"], row["n_params"], row["validation"], row["test"]) for row in run.result["rows"]]
+
+
+@pytest.mark.parametrize(("template", "steps"), [("search", {"search_steps": 3}), ("prune", {"prune_steps": 6})])
+def test_a_template_trains_the_controls_and_says_what_it_found(template, steps, model, tmp_path):
+    asked = SHORT | steps | {"equal_compute": True, "n_same_kinds": 1, "upper_first": True,
+                             "structures": [found_on(tmp_path / "found", model, "agreement", 0, protocol="s3pet")]}
+    run = execute(template, asked, tmp_path, template)
+    paid = run.result["search" if template == "search" else "prune"]["trainings"]
+    labels = [row["label"] for row in run.result["rows"]]
+    assert paid > 1 and labels == ["searched", *(f"random-{k}" for k in range(1, paid + 1)), "same-kinds-1",
+                                   "upper-layers", "own-random-1", "best-random"]
+    drawn = [row for row in run.result["rows"] if row["label"].startswith("random")]
+    best = run.result["rows"][-1]
+    assert best["best_of"] == paid and best["validation"] == max(row["validation"] for row in drawn)
+    assert all("learned_nothing" in row for row in run.result["rows"])
+    (line,) = run.result["brought"]
+    assert line["label"] == "own-random-1" and line["test_rows"] == 64 and "validation" in line
+
+
+def test_seeds_that_are_left_out_are_the_runs_own(tmp_path):
+    asked = SHORT | {"search_steps": 2, "n_random": 1}
+    seeds = dict.fromkeys(("split_seed", "init_seed", "search_seed", "order_seed"), 1)
+    left_out, given = (execute("search", asked | more, tmp_path, "search") for more in ({}, seeds))
+    assert rows_of(left_out) == rows_of(given) and left_out.id != given.id

@@ -14,7 +14,7 @@ from synthetic import N_FIGURES, PRUNE_TEMPLATE, candidates, execute_notebook, m
 from written import EVIL as IMAGE, faulty_study, fill, make_study
 
 from s3pet_nb.core import table
-from s3pet_nb.lab.page import (body_html, command, facts, index, report, static_notebook, stopped_by_hand,
+from s3pet_nb.lab.page import (body_html, command, facts, index, report, score_texts, static_notebook, stopped_by_hand,
                                stopped_early, study_command, study_report)
 from s3pet_nb.lab.plot import comparison_frame, plot_sizes
 from s3pet_nb.lab.store import Run, write_json
@@ -598,3 +598,43 @@ def test_a_page_that_cannot_be_set_up_says_why(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="the page of study 'sweep' cannot be made: AttributeError"):
         study_report(study, tmp_path / "reports")
     assert not (tmp_path / "reports" / "sweep" / "index.html").exists()
+
+
+NOTHING = [{"label": "searched", "test": 0.8, "learned_nothing": None},
+           {"label": "random-1", "test": 0.5, "learned_nothing": "one class"},
+           {"label": "random-2", "test": 0.7, "learned_nothing": None},
+           {"label": "bitfit", "test": 0.5, "learned_nothing": "one class"}]
+
+
+def test_the_head_of_a_report_names_what_learned_nothing(tmp_path):
+    run = make_run(tmp_path)
+    assert "Learned nothing" not in facts(run), "a result of before does not know"
+    write_json(run.folder / "result.json", run.result | {"rows": NOTHING})
+    assert facts(Run(run.folder))["Learned nothing"] == "random-1, bitfit (one class)"
+
+
+def test_the_index_leaves_out_what_learned_nothing():
+    assert score_texts({"rows": NOTHING}) == {"searched": "0.800", "random": "0.700", "bitfit": "learned nothing"}
+
+
+def test_the_index_has_no_mean_over_two_tasks():
+    rows = [{"label": "searched", "test": 0.8, "task": "a"}, {"label": "searched", "test": 0.2, "task": "b"}]
+    assert score_texts({"rows": rows}) == {"searched on a": "0.800", "searched on b": "0.200"}
+
+
+def test_the_head_of_a_report_says_which_test_rows_a_search_has_seen(tmp_path):
+    run = make_run(tmp_path)
+    assert "Test rows seen in a search" not in facts(run)
+    lines = [{"label": "a", "on": "own", "test_rows": 1_200, "train": 0, "validation": 1_100},
+             {"label": "b", "on": "own", "test_rows": 1_200, "train": 0, "validation": 0},
+             {"label": "c", "on": "own", "unknown": "no file"}]
+    write_json(run.folder / "result.json", run.result | {"brought": lines})
+    assert facts(Run(run.folder))["Test rows seen in a search"] == (
+        "a: of 1,200 test rows of own 1,100 were validation rows of its search; "
+        "c: it is not known which rows it was searched on (no file)")
+
+
+def test_seeds_of_parts_stand_beside_the_seed(tmp_path):
+    run = make_run(tmp_path)
+    write_json(run.folder / "params.json", run.params | {"seed": 3, "split_seed": 0, "order_seed": 5, "init_seed": -1})
+    assert facts(Run(run.folder))["Seed"] == "3, split 0, order 5"

@@ -588,7 +588,8 @@ def differing():
     "Lines of differences as `results` has them: two rows at two budgets, two tasks and all of them."
     return pd.DataFrame([
         {"row": row, "line": f"{row}, budget {budget}", "budget": budget, "against": LINK, "task": task,
-         "mean": 0.01 * k, "low": 0.01 * k - 0.02, "high": 0.01 * k + 0.02, "p": 0.04, "pairs": 3, "ahead": 2}
+         "mean": 0.01 * k, "low": 0.01 * k - 0.02, "high": 0.01 * k + 0.02, "p": 0.04, "pairs": 3, "ahead": 2,
+         "unit": "sd" if task == "all" else "points"}
         for k, row in enumerate(("S3PET", "local")) for budget in (100, 200) for task in ("cola", "all", "rte")])
 
 
@@ -600,8 +601,24 @@ def test_the_forest_draws_every_difference_and_zero(differing):
     assert [title.text for title in figure.layout.annotations] == ["cola", "rte", "all tasks"]
     one = differing[differing.line == "S3PET, budget 100"]
     figure = draw_differences(one, lines)
-    assert list(figure.layout.yaxis.ticktext) == ["cola", "rte", "all tasks"]
-    assert sum(len(trace.x) for trace in figure.data) == len(one)
+    assert list(figure.layout.yaxis.ticktext) == ["cola", "rte"], "points and sd do not share an axis"
+    assert sum(len(trace.x) for trace in figure.data) == len(one) - 1
+
+
+def test_all_tasks_are_drawn_in_standard_deviations_in_a_panel_of_their_own(differing):
+    lines = row_lines(pd.DataFrame({"row": ["S3PET", "local"], "label": ["searched"] * 2}))
+    whole = differing.unit == "sd"
+    sizes = differing.assign(mean=differing["mean"].mask(whole, 1.5), low=differing.low.mask(whole, 1.0),
+                             high=differing.high.mask(whole, 2.0))
+    figure = draw_differences(sizes, lines)
+    titles = [axis.title.text for axis in (figure.layout.xaxis, figure.layout.xaxis2, figure.layout.xaxis3)]
+    assert titles == ["points of score", "points of score", "standard deviations"]
+    (drawn, *_) = [trace for trace in figure.data if trace.xaxis == "x3"]
+    assert list(drawn.x) == [1.5, 1.5] and "+1.50\u00a0sd" in drawn.text[0] and "points" not in drawn.text[0]
+
+
+def test_a_study_without_pairs_has_no_forest(differing):
+    lines = row_lines(pd.DataFrame({"row": ["S3PET", "local"], "label": ["searched"] * 2}))
     with pytest.raises(ValueError, match="no pair yet"):
         draw_differences(differing.iloc[:0], lines)
 
@@ -637,3 +654,20 @@ def test_transfer_is_a_matrix():
     assert heat.text.tolist() == [["60.0", "70.0"], ["50.0", "nan"], ["40.0", "70.0"]]
     assert heat.z[:, 0].tolist() == [1.0, pytest.approx(0.5), 0.0]
     assert list(figure.layout.yaxis.ticktext) == ["searched, a", "searched, b", "random"]
+
+
+def test_a_training_that_learned_nothing_is_a_cross_that_says_why(run):
+    rows = [row | {"learned_nothing": "one <b>class</b>" if k == 1 else None}
+            for k, row in enumerate(run.result["rows"])]
+    result = run.result | {"rows": rows}
+    assert "learned_nothing" in comparison_frame(result)
+    first = plot_comparison(result).data[0]
+    assert [symbol == "x" for symbol in first.marker.symbol] == [k == 1 for k in range(len(rows))]
+    assert first.text[1].endswith("<br>learned nothing: one &lt;b&gt;class&lt;/b&gt;")
+    crosses = [symbol for trace in plot_sizes(result).data for symbol in trace.marker.symbol if symbol == "x"]
+    assert len(crosses) == 1
+
+
+def test_where_every_training_learned_nothing_is_said(run):
+    rows = [row | {"learned_nothing": None} for row in run.result["rows"]]
+    assert comparison_frame(run.result | {"rows": rows}).equals(comparison_frame(run.result))

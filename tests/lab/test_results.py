@@ -11,10 +11,11 @@ import pytest
 from scipy import stats
 from written import EVIL, faulty_study, fill, make_study
 
-from s3pet_nb.lab.results import (Outcome, averages, best_of, cost, difference_sentences, difference_table,
-                                  differences, gates_frame, heat_frames, progress_text, rank_sentence, ranks,
-                                  run_scores, runs_frame, save_tables, scores, summary, sweep_frame, transfer,
-                                  wide)
+from s3pet_nb.lab.results import (Outcome, averages, best_of, clustered, cost, difference_sentences,
+                                  difference_table, differences, gates_frame, heat_frames, holm, learned,
+                                  nothing_sentences, progress_text, rank_sentence, ranks, run_scores, runs_frame,
+                                  save_tables, scores, seed_sentence, share_table, summary, sweep_frame, transfer,
+                                  variance_parts, variance_shares, wide)
 from s3pet_nb.lab.store import Run, write_json
 from s3pet_nb.lab.study import Study, checked
 
@@ -78,6 +79,58 @@ def test_scores_that_are_equal_are_ties_whatever_averaging_leaves(make, root):
     assert found["rank"].tolist() == [2.0, 2.0, 2.0] and found.attrs["p"] is None
 
 
+# ---------------------------------------------------------------------------- what says nothing
+
+
+def row(label, test, why=None):
+    return {"label": label, "n_params": 2_000, "validation": test, "test": test, "seconds": 30.0,
+            "learned_nothing": why}
+
+
+def half_silent(make, root):
+    "Two seeds; in the second the search and one of two random structures learned nothing."
+    study = make(seeds=[0, 1])
+    return study, answer(study, root, [
+        [row("searched", 0.8), row("random-1", 0.7), row("random-2", 0.6)],
+        [row("searched", 0.5, "one class"), row("random-1", 0.5, "no better than one class"),
+         row("random-2", 0.6)]])
+
+
+def test_what_learned_nothing_has_no_part_in_means_differences_and_ranks(make, root):
+    study, frame = half_silent(make, root)
+    assert len(frame) == 6 and len(learned(frame)) == 4
+    assert summary(frame)[["row", "seeds", "mean"]].to_numpy().tolist() == [
+        ["searched", 1, 0.8], ["random", 2, pytest.approx(0.625)]]
+    paired = differences(study, frame)
+    assert paired.pairs.tolist() == [1] and paired["mean"].tolist() == [pytest.approx(0.15)]
+    assert ranks(frame).blocks.tolist() == [1, 1]
+
+
+def test_a_sentence_says_how_many_learned_nothing(make, root):
+    study, frame = half_silent(make, root)
+    (sentence,) = nothing_sentences(frame)
+    assert sentence.startswith("2 of 6 trainings learned nothing.") and "1 of 2 of searched (one class)" in sentence
+    assert "1 of 4 of random (no better than one class)" in sentence
+    assert nothing_sentences(frame[:3]) == []
+
+
+def test_a_result_of_before_counts_and_a_reason_that_is_no_text_does_not(make, root):
+    study = make(seeds=[0, 1])
+    frame = answer(study, root, [{"searched": 0.5}, [row("searched", 0.6, 3)]])
+    assert frame.test.tolist() == [0.5] and nothing_sentences(frame) == []
+    assert runs_frame(study, root).state.tolist() == ["done", "failed"]
+
+
+def test_where_no_training_learned_the_papers_table_says_so(make, root):
+    study = make(grid={"task": ["x", "y"]})
+    frame = answer(study, root, [[row("searched", 0.8), row("bitfit", 0.5, "one class")],
+                                 [row("searched", 0.5, "one class"), row("bitfit", 0.5, "one class")]])
+    table = wide(study, frame)
+    assert table[["row", "x", "y"]].to_numpy().tolist() == [
+        ["searched", "80.0", "learned nothing"], ["bitfit", "learned nothing", "learned nothing"]]
+    assert best_of(table.y, [True, True]) == [False, False] and best_of(table.x, [True, True]) == [True, False]
+
+
 # ---------------------------------------------------------------------------- scores
 
 
@@ -85,7 +138,7 @@ def test_scores_have_one_row_per_trained_structure(make, root):
     study = make(seeds=[0, 1])
     frame = answer(study, root, [{"searched": 0.5, "random-1": 0.4, "random-2": 0.3}, {"searched": 0.6}])
     assert list(frame) == ["method", "label", "row", "seed", "source", "task", "metric", "run_id", "budget",
-                           "n_params", "ratio", "validation", "test", "seconds"]
+                           "n_params", "ratio", "validation", "test", "seconds", "learned_nothing"]
     assert frame.label.tolist() == frame.row.tolist() == ["searched", "random", "random", "searched"]
     assert frame.seed.tolist() == [0, 0, 0, 1] and frame.test.tolist() == [0.5, 0.4, 0.3, 0.6]
     assert (frame.ratio == 2e-4).all() and (frame.method == "").all() and (frame.source == "glue/cola").all()
@@ -267,9 +320,10 @@ def test_a_method_is_paired_by_task_grid_point_and_seed(make, root):
         put(study, question, root, {"searched": test, "random-1": 0.4})
     found = differences(study, scores(study, root))
     assert set(found.row) == {"a"} and len(found) == 2 * 3
-    for line in found.itertuples():
-        tasks = ["x", "y"] if line.task == "all" else [line.task]
-        keys = [(task, line.budget, seed) for task in tasks for seed in (0, 1)]
+    for line in found[found.task == "all"].itertuples():
+        assert line.pairs == 4 and line.tasks == 2 and line.unit == "sd" and math.isnan(line.low)
+    for line in found[found.task != "all"].itertuples():
+        keys = [(line.task, line.budget, seed) for seed in (0, 1)]
         ours, theirs = ([value[method, *key] for key in keys] for method in ("a", "b"))
         test = stats.ttest_rel(ours, theirs)
         assert line.pairs == len(keys) and line.p == pytest.approx(test.pvalue)
@@ -332,6 +386,75 @@ def test_a_single_task_is_not_said_twice(make, root):
     assert differences(study, frame).task.tolist() == ["glue/cola"]
 
 
+# ---------------------------------------------------------------------------- several tasks, several methods
+
+
+def test_gains_over_tasks_are_in_standard_deviations_of_each_task(make, root):
+    "The gain is one sd of a task whatever its metric moves by; the mean is over tasks, not over pairs."
+    study = make(seeds=[0, 1, 2], grid={"task": ["x", "y", "z"]})
+    scale = {"x": 0.3, "y": 0.001, "z": 0.05}
+    for question in study.questions():
+        task, seed = question.params["task"], question.params["seed"]
+        if task == "z" and seed == 2:
+            continue
+        put(study, question, root, {"searched": 0.5 + scale[task] * (1 + 0.1 * seed), "random-1": 0.5})
+    found = differences(study, scores(study, root))
+    whole = found[found.task == "all"].iloc[0]
+    expected = []
+    for task, seeds in (("x", 3), ("y", 3), ("z", 2)):
+        gains = scale[task] * (1 + 0.1 * np.arange(seeds))
+        expected.append(gains.mean() / np.concatenate([gains, np.zeros(seeds)]).std(ddof=1))
+    assert whole["mean"] == pytest.approx(np.mean(expected)) and (whole.tasks, whole.pairs) == (3, 8)
+    assert whole.low <= whole["mean"] <= whole.high
+    sentence, = difference_sentences(found)
+    assert "in 8 of 8 pairs of 3 tasks" in sentence and "sd of a task’s scores" in sentence and "points" not in sentence
+
+
+def test_an_interval_over_tasks_knows_that_seeds_of_a_task_go_together():
+    "Tasks differ in what a method gains there, on average nothing; pairs taken as independent claim too much."
+    rng, covered, naive = np.random.default_rng(0), 0, 0
+    for _ in range(60):
+        clusters = [effect + 0.2 * rng.normal(size=5) for effect in rng.normal(size=10)]
+        line, pairs = clustered(clusters), np.concatenate(clusters)
+        covered += line["low"] <= 0 <= line["high"]
+        naive += stats.ttest_1samp(pairs, 0).pvalue > 0.05
+    assert covered >= 52 and naive < covered - 6, (covered, naive)
+
+
+def test_the_interval_over_tasks_is_the_same_every_time_and_needs_three():
+    clusters = [np.array([0.1, 0.3]), np.array([0.2]), np.array([0.5, 0.6, 0.7])]
+    assert clustered(clusters) == clustered(clusters)
+    assert clustered(clusters)["mean"] == pytest.approx((0.2 + 0.2 + 0.6) / 3)
+    assert np.isnan([clustered(clusters[:2])[name] for name in ("low", "high", "p")]).all()
+    six = [np.array([gain]) for gain in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)]
+    assert clustered(six)["p"] == pytest.approx(2 / 2 ** 6), "Wilcoxon's exact p of six gains of one sign"
+
+
+def test_a_task_whose_scores_are_all_equal_has_no_size(make, root):
+    study = make(seeds=[0, 1], grid={"task": ["x", "y"]})
+    frame = answer(study, root, [{"searched": 0.5, "random-1": 0.5}, {"searched": 0.6, "random-1": 0.4}] * 2)
+    whole = differences(study, frame).iloc[-1]
+    assert (whole.task, whole.tasks, whole.equal, whole.pairs) == ("all", 1, 1, 2) and math.isfinite(whole["mean"])
+    assert "tasks left out because all their scores are equal: 1." in difference_sentences(differences(study, frame))[0]
+
+
+@pytest.mark.parametrize(("p", "corrected"), [
+    ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # the worked example of Wikipedia's page
+    ([0.5, 0.9], [1.0, 1.0]), ([0.02], [0.02]), ([math.nan, 0.01, 0.02], [math.nan, 0.02, 0.02]), ([], [])])
+def test_holm_by_hand(p, corrected):
+    np.testing.assert_allclose(holm(p), corrected)
+
+
+def test_methods_that_are_compared_with_one_are_corrected_together(make, root):
+    study = make(seeds=[0, 1, 2, 3], against="c",
+                 methods={name: {"params": {"budget": value}} for name, value in (("a", 0.1), ("b", 0.2), ("c", 0.3))})
+    rng = np.random.default_rng(3)
+    frame = answer(study, root, searched([0.5 + 0.1 * (k % 3 == 0) + 0.02 * rng.normal() for k in range(12)]))
+    found = differences(study, frame)
+    assert found.holm.tolist() == holm(found.p).tolist() and (found.holm >= found.p).all()
+    assert all("after Holm’s correction for 2 comparisons" in text for text in difference_sentences(found))
+
+
 # ---------------------------------------------------------------------------- ranks
 
 
@@ -341,13 +464,14 @@ def test_ranks_share_ties_and_need_whole_blocks(make, root):
                                  {"searched": 0.9, "bitfit": 0.2, "lora": 0.3},
                                  {"searched": 0.1, "lora": 0.2}])
     found = ranks(frame)
-    assert found.to_dict("list") == {"row": ["searched", "bitfit", "lora"], "rank": [1.25, 2.25, 2.5],
-                                     "blocks": [2, 2, 2]}
+    assert found.drop(columns=["low", "high"]).to_dict("list") == {
+        "row": ["searched", "bitfit", "lora"], "rank": [1.25, 2.25, 2.5], "tasks": [1, 1, 1], "blocks": [2, 2, 2]}
+    assert found[["low", "high"]].isna().all(axis=None)
     assert found.attrs["p"] is None
 
 
 def test_ranks_and_friedman_are_those_of_scipy(make, root):
-    study = make(seeds=list(range(6)), grid={"task": ["x", "y"]})
+    study = make(seeds=list(range(12)))
     table = np.random.default_rng(0).integers(0, 5, (12, 4)) / 10
     frame = answer(study, root, [dict(zip(("searched", "a", "b", "c"), map(float, line))) for line in table])
     found = ranks(frame)
@@ -355,6 +479,22 @@ def test_ranks_and_friedman_are_those_of_scipy(make, root):
     assert found.set_index("row")["rank"].to_dict() == pytest.approx(expected)
     assert found["rank"].is_monotonic_increasing
     assert found.attrs["p"] == pytest.approx(stats.friedmanchisquare(*table.T).pvalue)
+
+
+def test_seeds_of_a_task_are_one_witness_of_its_ranks(make, root):
+    "Twelve tasks with three seeds each: ranks within the seeds, their mean within the task, blocks are tasks."
+    tasks = [f"t{k}" for k in range(12)]
+    study = make(seeds=[0, 1, 2], grid={"task": tasks})
+    table = np.random.default_rng(1).random((3, 12, 3))
+    frame = answer(study, root, [dict(zip(("searched", "a", "b"), map(float, line)))
+                                 for seed in table for line in seed])
+    by_task = stats.rankdata(-table, axis=2).mean(axis=0)
+    found = ranks(frame)
+    expected = dict(zip(("searched", "a", "b"), by_task.mean(axis=0)))
+    assert found.set_index("row")["rank"].to_dict() == pytest.approx(expected)
+    assert found.tasks.eq(12).all() and found.blocks.eq(36).all()
+    assert found.attrs["p"] == pytest.approx(stats.friedmanchisquare(*by_task.T).pvalue)
+    assert (found.low < found["rank"]).all() and (found["rank"] < found.high).all()
 
 
 @pytest.mark.filterwarnings("error")
@@ -366,6 +506,77 @@ def test_rows_that_never_differ_have_equal_ranks_and_no_p(make, root):
 def test_ranks_without_a_whole_block_are_missing(make, root):
     frame = answer(make(seeds=[0, 1]), root, [{"searched": 0.5}, {"bitfit": 0.5}])
     assert ranks(frame).blocks.tolist() == [0, 0] and ranks(frame)["rank"].isna().all()
+
+
+# ---------------------------------------------------------------------------- whose noise it is
+
+
+def crossed(draw, sizes, sds, rest):
+    "A score for each combination of levels: an effect of each level of each factor, and noise."
+    effects = [draw.normal(0, sd, size) for sd, size in zip(sds, sizes)]
+    index = pd.MultiIndex.from_product([range(size) for size in sizes], names=["split_seed", "init_seed", "order_seed"])
+    return pd.Series([sum(effect[k] for effect, k in zip(effects, at)) + draw.normal(0, rest) for at in index], index)
+
+
+def test_shares_of_the_variance_are_those_of_a_simulated_truth():
+    "Means over 200 simulated studies of 4 x 5 x 3 runs; the estimates are unbiased but where they are cut off at 0."
+    draw, truth = np.random.default_rng(0), {"split_seed": 4.0, "init_seed": 2.0, "order_seed": 1.0, "rest": 0.5}
+    sds = [truth[name] ** 0.5 for name in ("split_seed", "init_seed", "order_seed")]
+    found = pd.DataFrame([variance_parts(crossed(draw, (4, 5, 3), sds, 0.5 ** 0.5)) for _ in range(200)]).mean()
+    assert found.to_dict() == pytest.approx(truth, rel=0.25) and found.idxmax() == "split_seed"
+
+
+def test_variance_parts_by_hand():
+    "Two by two: squares 0.04 and 0.01 of the factors, 0.0025 of what they do together; one degree each."
+    cells = pd.Series({(0, 0): 0.5, (0, 1): 0.65, (1, 0): 0.75, (1, 1): 0.8}).rename_axis(["split_seed", "init_seed"])
+    parts = variance_parts(cells)
+    assert parts == pytest.approx({"split_seed": (0.04 - 0.0025) / 2, "init_seed": (0.01 - 0.0025) / 2, "rest": 0.0025})
+
+
+@pytest.mark.parametrize("lost", [1, 3])
+def test_a_design_that_is_not_crossed_has_no_shares(lost):
+    cells = crossed(np.random.default_rng(0), (2, 2, 2), (1, 1, 1), 1)
+    assert variance_parts(cells.iloc[lost:]) == {}
+    assert variance_parts(cells.xs(0, level="order_seed").xs(0, level="init_seed")) == {}, "one factor leaves no rest"
+
+
+@pytest.fixture
+def make_seeds(tmp_path):
+    parameters = PARAMETERS + "\nsplit_seed = -1\ninit_seed = -1"
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})],
+        metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}})
+    nbformat.write(notebook, tmp_path / "seeds.ipynb")
+    return lambda **content: checked("made", {"template": str(tmp_path / "seeds.ipynb")} | content)
+
+
+def test_seeds_of_parts_are_repetitions_and_no_points_of_the_grid(make_seeds, root):
+    study = make_seeds(grid={"split_seed": [-1, 5], "init_seed": [1, 2, 3]})
+    frame = answer(study, root, [{"searched": 0.5 + 0.1 * k, "random-1": 0.4} for k in range(6)])
+    assert frame[["seed", "split_seed", "init_seed"]].drop_duplicates().to_numpy().tolist() == [
+        [0, 0, 1], [0, 0, 2], [0, 0, 3], [0, 5, 1], [0, 5, 2], [0, 5, 3]], "what is left out is the seed"
+    assert summary(frame).seeds.tolist() == [6, 6] and len(wide(study, frame)) == 2
+    assert differences(study, frame).pairs.tolist() == [6] and ranks(frame).blocks.tolist() == [6, 6]
+    assert {"split_seed", "init_seed"} <= set(runs_frame(study, root))
+
+
+def test_a_method_is_paired_by_every_seed(make_seeds, root):
+    study = make_seeds(grid={"split_seed": [1, 2]}, against="b", methods={"a": {}, "b": {"params": {"budget": 0.5}}})
+    frame = answer(study, root, searched([0.5, 0.9, 0.4, 0.6]))
+    line, = differences(study, frame).to_dict("records")
+    assert (line["pairs"], line["mean"]) == (2, pytest.approx(0.2))
+    assert line["high"] - line["mean"] == pytest.approx(stats.t.ppf(0.975, 1) * 0.1)
+
+
+def test_shares_are_shown_in_per_cent_with_what_they_are(make_seeds, root):
+    study = make_seeds(grid={"split_seed": [1, 2], "init_seed": [1, 2, 3]})
+    frame = answer(study, root, searched([0.5, 0.5, 0.5, 0.7, 0.7, 0.7]))
+    found = variance_shares(frame)
+    assert share_table(found).iloc[0].to_dict() == {"row": "searched", "task": "glue/cola", "runs": 6, "sd": "14.1",
+                                                    "split_seed": "100%", "init_seed": "0%", "rest": "0%"}
+    assert seed_sentence(found).startswith("A crossed design of split_seed and init_seed")
+    one = make_seeds(grid={"split_seed": [1, 2]})
+    assert "at least two seeds" in seed_sentence(variance_shares(answer(one, root, searched([0.5, 0.6]))))
 
 
 # ---------------------------------------------------------------------------- tables
@@ -381,8 +592,8 @@ def two_tasks(make, root, **content):
 def test_the_wide_table_is_the_papers(make, root):
     study, frame = two_tasks(make, root)
     assert wide(study, frame).to_dict("records") == [
-        {"row": "searched", "ratio, 1e-4": "2.00", "x": "55.0 ± 7.1", "y": "70.0 ± 0.0", "average": "62.5"},
-        {"row": "bitfit", "ratio, 1e-4": "2.00", "x": "30.0 ± 14.1", "y": "–", "average": "–"}]
+        {"row": "searched", "ratio, 1e-4": "2.00", "x": "55.0 ± 7.1", "y": "70.0 ± 0.0", "mean rank": "1.0"},
+        {"row": "bitfit", "ratio, 1e-4": "2.00", "x": "30.0 ± 14.1", "y": "–", "mean rank": "–"}]
 
 
 TABLE_2 = {  # S3PET-M with 1.39 of 10,000
@@ -396,9 +607,9 @@ def test_the_averages_are_those_of_table_2(make, root):
     study = make(grid={"task": list(TABLE_2)})
     frame = answer(study, root, searched([score / 100 for score in TABLE_2.values()]))
     line = wide(study, frame).iloc[0]
-    assert list(line.index[-3:]) == ["average of GLUE", "average of SuperGLUE",
-                                     "average of SuperGLUE without COPA"]
-    assert line.iloc[-3:].tolist() == ["87.2", "81.3", "83.1"]  # 87.17, 81.30, 83.10 in the paper
+    assert list(line.index[-4:]) == ["average of GLUE", "average of SuperGLUE",
+                                     "average of SuperGLUE without COPA", "mean rank"]
+    assert line.iloc[-4:-1].tolist() == ["87.2", "81.3", "83.1"]  # 87.17, 81.30, 83.10 in the paper
 
 
 def test_an_average_is_there_where_its_tasks_are(make, root):
@@ -406,15 +617,15 @@ def test_an_average_is_there_where_its_tasks_are(make, root):
     study = make(grid={"task": tasks})
     frame = answer(study, root, [{"searched": 0.5, "bitfit": 0.4}, {"searched": 0.7, "bitfit": 0.4},
                                  {"searched": 0.1}, *[{"searched": 0.6, "bitfit": 0.3}] * 2])
-    assert wide(study, frame).iloc[:, -3:].to_numpy().tolist() == [
+    assert wide(study, frame).iloc[:, -4:-1].to_numpy().tolist() == [
         ["60.0", "43.3", "60.0"], ["40.0", "–", "30.0"]]
 
 
 @pytest.mark.parametrize("tasks, names", [
-    (["glue/cola"], []), (["glue/cola", "glue/rte"], ["average"]), (["own", "other"], ["average"]),
-    (["glue/mrpc", "superglue/rte", "superglue/multirc"], ["average"]),
-    (["superglue/copa", "superglue/cb"], ["average"]),
-    (["superglue/copa", "superglue/cb", "superglue/rte"], ["average", "average without COPA"]),
+    (["glue/cola"], []), (["glue/cola", "glue/rte"], []), (["own", "other"], []),
+    (["glue/mrpc", "superglue/rte", "superglue/multirc"], []),
+    (["glue/cola", "glue/rte", "superglue/copa", "superglue/cb"], ["average of GLUE", "average of SuperGLUE"]),
+    (["glue/cola", "glue/rte", "superglue/cb", "superglue/wic", "own"], []),
     (["glue/cola", "glue/rte", "superglue/cb", "superglue/wic"], ["average of GLUE", "average of SuperGLUE"])])
 def test_a_table_has_the_averages_of_its_tasks(tasks, names):
     assert list(averages(tasks)) == names
@@ -422,7 +633,17 @@ def test_a_table_has_the_averages_of_its_tasks(tasks, names):
 
 def test_medians_where_the_study_wants_them(make, root):
     study, frame = two_tasks(make, root, statistic="median")
-    assert wide(study, frame).iloc[0].tolist() == ["searched", "2.00", "55.0", "70.0", "62.5"]
+    assert wide(study, frame).iloc[0].tolist() == ["searched", "2.00", "55.0", "70.0", "1.0"]
+
+
+def test_over_tasks_there_are_ranks_and_no_average(make, root):
+    "One task's scores lie a hundred times closer; an average would be the other's alone."
+    study = make(grid={"task": ["x", "y", "z"]})
+    frame = answer(study, root, [{"searched": 0.9, "a": 0.5, "b": 0.1}, {"searched": 0.501, "a": 0.502, "b": 0.503},
+                                 {"searched": 0.501, "a": 0.502, "b": 0.5}])
+    table = wide(study, frame)
+    assert table["mean rank"].tolist() == ["2.0", "1.7", "2.3"]
+    assert best_of(table["mean rank"], [True] * 3, lowest=True) == [False, True, False]
 
 
 def test_the_size_is_a_count_where_the_backbone_has_none(make, root):
@@ -457,7 +678,8 @@ def test_transfer_has_sources_down_and_targets_across(make, root):
         np.array([[0.65, 0.55, 0.55], [0.40, 0.40, 0.35], [0.55, 0.65, 0.55]]))
     paired = differences(study, frame)  # of each target and seed, the mean over the sources
     assert paired.task.tolist() == ["x", "y", "z", "all"] and paired.pairs.tolist() == [2, 2, 2, 6]
-    assert paired["mean"].tolist() == pytest.approx([0.2] * 4)
+    assert paired["mean"].tolist()[:3] == pytest.approx([0.2] * 3)
+    assert paired.unit.tolist() == ["points"] * 3 + ["sd"]
 
 
 def test_a_row_that_was_not_moved_has_one_line(make, root):
@@ -472,7 +694,8 @@ def test_a_row_that_was_not_moved_has_one_line(make, root):
     assert transfer(frame).to_numpy().tolist() == [
         ["moved", "a", 0.5, 0.5], ["moved", "b", 0.5, 0.5], ["at home", "", 0.6, 0.6]]
     found = differences(study, frame)
-    assert found.row.unique().tolist() == ["moved"] and found["mean"].tolist() == pytest.approx([-0.1] * 3)
+    assert found.row.unique().tolist() == ["moved"] and found["mean"].tolist()[:2] == pytest.approx([-0.1] * 2)
+    assert found["mean"].iloc[2] == pytest.approx(-math.sqrt(2)), "two scores differ by the root of two of their sd"
 
 
 def test_a_grid_of_counts_is_readable(make, root):

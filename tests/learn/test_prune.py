@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from s3pet_nb.learn.compute import Compute, negative_loss
 from s3pet_nb.learn.learner import Callback, Checkpoint, Records, load_state
 from s3pet_nb.learn.prune import (CRITERIA, GRANULARITIES, Moment, PruneConfig, ScoredStep, Units, drop, flat,
-                                  geometric_budgets, prune_search, random_units)
+                                  geometric_budgets, prune_search, random_units, same_kinds_units, upper_units, within)
 from s3pet_nb.learn.train import TrainConfig, TrainStep, retrain
 from s3pet_nb.model.backbone import FAMILIES, example_batch, head_parameters, tiny
 from s3pet_nb.model.space import SPACES, Rule, lora_at, make_space
@@ -169,7 +169,8 @@ def test_the_lowest_go_first_and_the_rest_is_at_most_one_unit_below_the_budget(g
         units, keep = result.units, result.kept()
         kept = torch.bincount(units.unit[keep], minlength=len(units.sizes)) > 0
         scores = units.scores(result.scores)
-        assert scores[kept].min() >= scores[~kept].max()
+        before = torch.stack([units.sizes[kept & (scores >= score)].sum() for score in scores[~kept]])
+        assert (before + units.sizes[~kept] > B).all(), "what is gone does not fit behind what scores higher"
         last = units.sizes[~kept][scores[~kept].argmax()]
         assert B - int(last) < int(keep.sum()) <= B
         assert result.structure().n_params == int(keep.sum()) == result.trained.n_trained
@@ -534,3 +535,37 @@ def test_two_processes_score_what_one_does_with_two_batches(tmp_path):
 
 if __name__ == "__main__":
     one_of_two(sys.argv[1])
+
+
+# --- what a pruning is compared with
+
+def test_structured_pruning_fills_what_the_last_unit_leaves():
+    sizes, scores = torch.tensor([50, 40, 9, 30, 4]), torch.tensor([5.0, 4.0, 1.0, 3.0, 2.0])
+    assert within(scores, sizes, 100).tolist() == [True, True, False, False, True], "4 comes back, 30 and 9 do not fit"
+    model = tiny("bert")
+    units = Units.of(make_space(model, SMALL), "structured")
+    alive = torch.ones(len(units.unit), dtype=torch.bool)
+    for seed in range(8):
+        scores = torch.rand(len(units.unit), generator=torch.Generator().manual_seed(seed))
+        B = 300 + 7 * seed
+        keep = drop(units, scores, alive, B)
+        gone = ~(torch.bincount(units.unit[keep], minlength=len(units.sizes)) > 0)
+        assert units.sizes[gone].min() > B - int(keep.sum()), "nothing that is gone still fits"
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_controls_of_a_pruning_are_as_full_as_it_is(granularity):
+    model = tiny("bert")
+    space = make_space(model, SMALL)
+    units = Units.of(space, granularity)
+    scores = torch.rand(len(units.unit), generator=torch.Generator().manual_seed(5))
+    keep = drop(units, scores, torch.ones(len(scores), dtype=torch.bool), 400)
+    alike, upper = same_kinds_units(units, keep, 400, 1), upper_units(units, 400)
+    smallest = int(units.sizes.min())
+    assert all(400 - smallest < structure.n_params <= 400 for structure in (alike, upper))
+    owner = [candidate.module for candidate in space.candidates]
+    kinds = {kind: sum(int(n) for n, each in zip(units.by_candidate(keep), owner) if each == kind) for kind in set(owner)}
+    if granularity == "unstructured":
+        assert alike.frame().groupby("module").n.sum().to_dict() == kinds
+    assert upper.frame().layer.max() == space.shape["encoder"][0] - 1
+    assert alike == same_kinds_units(units, keep, 400, 1) != same_kinds_units(units, keep, 400, 2)

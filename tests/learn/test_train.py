@@ -1,14 +1,16 @@
 "Trainings of structures and of whole models, what they return, and what they are compared with."
+from collections import Counter
+
 import pytest
 import torch
 
 from s3pet_nb.core import UnknownName
 from s3pet_nb.learn.compute import Compute, negative_loss
 from s3pet_nb.learn.learner import Records
-from s3pet_nb.learn.train import (BASELINES, TrainConfig, TrainResult, TrainStep, finetune, kept,
-                                  random_structure, retrain)
+from s3pet_nb.learn.train import (BASELINES, TrainConfig, TrainResult, TrainStep, draw_like, finetune, heights, kept,
+                                  kinds_of, lighter, random_structure, retrain, same_kinds, upper_layers)
 from s3pet_nb.model.backbone import FAMILIES, example_batch, tiny
-from s3pet_nb.model.space import make_space
+from s3pet_nb.model.space import Rule, make_space
 
 SHORT = TrainConfig(steps=6, lr=1e-2, evaluate_every=2, dropout=False)
 
@@ -144,3 +146,67 @@ def test_random_structures_are_within_the_budget_and_follow_from_the_seed(model)
     assert random_structure(space, 0.05, 0).n_params <= 0.05 * space.n_backbone
     with pytest.raises(ValueError, match="choose"):
         random_structure(space, 10_000_000, 0)
+
+
+def kinds_in(structure) -> Counter:
+    return Counter(structure.frame().module)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_kinds_are_as_many_of_each_and_fill_the_budget(family):
+    model = tiny(family, "seq2seq" if family == "t5" else "classify")
+    space = make_space(model)
+    B = space.n_params // 5
+    for seed in range(6):
+        searched = random_structure(space, B, seed)
+        alike = same_kinds(space, searched, B, seed + 100)
+        assert alike.n_params <= B and set(kinds_in(alike)) == set(kinds_in(searched))
+        assert all(kinds_in(alike)[kind] >= count for kind, count in kinds_in(searched).items())
+        assert alike == same_kinds(space, searched, B, seed + 100) != same_kinds(space, searched, B, seed + 101)
+
+
+def test_what_is_drawn_alike_leaves_no_room_for_what_still_fits():
+    draw = torch.Generator().manual_seed(0)
+    for seed in range(50):
+        kinds, n = torch.randint(3, (40,), generator=draw), torch.randint(1, 60, (40,), generator=draw)
+        some = torch.rand(40, generator=draw) < 0.2
+        B = int(n[some].sum()) + seed
+        if not some.any():
+            continue
+        counts = torch.bincount(kinds[some], minlength=3)
+        taken = draw_like(kinds, counts, n, B, seed)
+        assert int(n[taken].sum()) <= B and (torch.bincount(kinds[taken], minlength=3) >= counts).all()
+        fits = ~taken & (counts[kinds] > 0)
+        assert not fits.any() or int(n[fits].min()) > B - int(n[taken].sum())
+        assert not (taken & (counts[kinds] == 0)).any()
+
+
+def test_a_set_that_is_too_large_exchanges_modules_within_their_kinds():
+    kinds, n = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([9, 2, 5, 7, 1])
+    taken = torch.tensor([True, False, True, True, False])
+    lighter_set = lighter(taken, kinds, n, 8, torch.arange(5))
+    assert int(n[lighter_set].sum()) <= 8 and torch.bincount(kinds[lighter_set]).tolist() == [2, 1]
+    with pytest.raises(ValueError, match="need more than 7 parameters; choose a larger budget"):
+        lighter(taken, kinds, n, 7, torch.arange(5))
+
+
+def test_settings_are_a_part_of_the_kind(model):
+    space = make_space(model, (Rule("lora", ("q",), {"r": 1}), Rule("lora", ("q",), {"r": 4}), Rule("bitfit", ("q",))))
+    assert len(kinds_of(space).unique()) == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_upper_layers_are_taken_from_the_top(family):
+    model = tiny(family, "seq2seq" if family == "t5" else "classify")
+    space = make_space(model)
+    upper = upper_layers(space, space.n_params // 3)
+    assert upper.n_params <= space.n_params // 3
+    kept = {(m.stack, m.layer, m.role, m.module) for m in upper.modules}
+    taken = torch.tensor([(c.position.stack, c.position.layer, c.position.role, c.module) in kept
+                          for c in space.candidates])
+    height, room = heights(space), space.n_params // 3 - upper.n_params
+    lowest = height[taken].min()
+    assert space.n[(height > lowest) & ~taken].gt(room).all(), "what is passed over above does not fit"
+    first = [c.position for c in space.candidates][int(height.argmax())]
+    assert first.layer is None or first.layer == max(c.position.layer or 0 for c in space.candidates)
+    assert upper_layers(space, space.n_params // 3) == upper, "nothing is drawn"

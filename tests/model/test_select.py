@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from s3pet_nb.model.select import gap, select
+from s3pet_nb.model.select import fill, gap, select
 
 KNAPSACK = ("greedy", "exact")
 
@@ -142,3 +142,24 @@ def test_a_selection_within_the_limits_of_the_budget(method):
 
 def test_the_gap_where_nothing_has_a_probability_is_zero():
     assert gap(torch.zeros(3), torch.tensor([1, 2, 3]), 3) == 0
+
+
+def filled_one_by_one(keep: list[bool], p: list[float], n: list[int], B: int) -> list[bool]:
+    "Every one that is not there is offered once, by falling p, and taken if it fits."
+    keep, left = list(keep), B - sum(size for size, kept in zip(n, keep) if kept)
+    for i in sorted(range(len(n)), key=lambda i: -p[i]):
+        if not keep[i] and n[i] <= left:
+            keep[i], left = True, left - n[i]
+    return keep
+
+
+def test_fill_offers_each_once_by_falling_p():
+    rng = np.random.default_rng(7)
+    for _ in range(500):
+        p, n, B = instance(rng, int(rng.integers(2, 60)), 300)
+        some = torch.zeros(len(n), dtype=torch.bool)
+        if n[0] <= B:
+            some[0] = True
+        assert fill(some, p, n, B).tolist() == filled_one_by_one(some.tolist(), p.tolist(), n.tolist(), B)
+        assert select(p, n, B).tolist() == filled_one_by_one([False] * len(n), p.tolist(), n.tolist(), B)
+        assert some.sum() <= 1, "the set that is given stays as it is"

@@ -13,7 +13,7 @@ from templates import RESULT, write_template
 from typer.testing import CliRunner
 
 from s3pet_nb.cli import app, assignments, closing_table, one_sentence
-from s3pet_nb.lab.study import checked
+from s3pet_nb.lab.study import checked, resolve, study
 
 S3PET = [sys.executable, "-c", "from s3pet_nb.cli import main; main()"]
 ROW = {"label": "searched", "modules": 9, "n_params": 4540, "validation": 0.8, "test": 0.75}
@@ -208,6 +208,21 @@ def test_the_closing_table_fits_eighty_columns(capsys):
     assert [cells[0] for cells in shown] == labels
     assert shown[2][1:] == ["1,234", "12,345,678", "0.8000", "–"]
     assert shown[-1][1:] == ["–", "737,668,096", "0.8000", "0.7500"]
+
+
+SAID = {"protocol": "steps", "budget": "budget", "dropout": "dropout", "order": "order", "stop_after": "early stop"}
+
+
+@pytest.mark.parametrize("command", ["search", "prune"])
+def test_help_says_where_a_command_differs_from_its_paper(command):
+    from s3pet_nb.lab.experiment import differences_from_paper
+
+    help_text = " ".join(CliRunner().invoke(app, [command, "--help"]).stdout.split())
+    whole, paper = (study(f"{command}{length}") for length in ("", "-paper"))
+    names = [line.split()[0] for line in differences_from_paper(resolve(whole.template, whole.params))]
+    assert {"protocol", "budget", "dropout"} <= set(names)
+    assert all(SAID[name] in help_text for name in names)
+    assert not differences_from_paper(resolve(paper.template, paper.params))
 
 
 def test_what_the_commands_import_later_is_there():

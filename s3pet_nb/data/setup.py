@@ -139,7 +139,7 @@ def fitted(inputs: np.ndarray, labels: np.ndarray, n_labels: int) -> tuple[np.nd
 def start_head(setup: Setup, probed: bool) -> None:
     "Start the head at the prior of the training labels, or at a probe of at most `PROBED` rows."
     layer, n_labels, train = last_layer(setup.model), setup.form.n_labels, setup.splits.train
-    labels = setup.train.dataset.with_format("numpy")["labels"][:]
+    labels = setup.batches(train, seed=0).dataset.with_format("numpy")["labels"][:]
     if probed:
         some = features(setup, train.select(range(min(len(train), PROBED))))
         weight, bias = fitted(*some, n_labels)

@@ -624,8 +624,10 @@ def best_of(
     among: Sequence[bool],  # which of them count
     lowest: bool = False,  # of ranks
 ) -> list[bool]:
-    "Which of the texts begin with the highest number, or the lowest."
+    "Which of the texts begin with the highest number, or the lowest; none where all are equal."
     numbers = column.astype(str).str.extract(r"^\s*(-?\d[\d.]*)")[0].astype(float).where(list(among))
+    if numbers.count() > 1 and numbers.nunique() == 1:
+        return [False] * len(numbers)
     return (numbers == (numbers.min() if lowest else numbers.max())).tolist()
 
 # %% ../../nbs/lab/08_results.ipynb #results-026

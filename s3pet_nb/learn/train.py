@@ -337,7 +337,6 @@ def baseline(name: str, *rules: Rule) -> None:
 
 
 QV = ("q", "v", "qkv")  # where q and v are one product with k, that product
-baseline("head-alone")
 baseline("adapter", Rule("adapter", BLOCK, {"bottleneck": 24}))
 baseline("lora-r8", Rule("lora", QV, {"r": 8}))
 baseline("lora-r1", Rule("lora", QV))
@@ -347,3 +346,4 @@ baseline("lnfit", Rule("lnfit", NORM))
 baseline("lora-everywhere", Rule("lora", LINEAR))
 baseline("lawton-lora", *lora_at(SPACES["mam"], 8, ("q", "k", "qkv")))
 baseline("lawton-mam", *lora_at(SPACES["mam"], 8))
+baseline("head-alone")

@@ -117,7 +117,15 @@ def test_a_row_has_the_tasks_metric_first_and_the_others_by_their_names():
     assert row["modules"] is None and row["n_params"] == 10
 
 
-@pytest.mark.parametrize("name", BASELINES)
+def test_the_head_alone_has_no_module_on_any_family_and_can_be_trained(model):
+    for family in FAMILIES:
+        alone = BASELINES["head-alone"](tiny(family, "seq2seq" if family == "t5" else "classify"))
+        assert len(alone) == alone.n_params == 0
+    result = retrain(model, BASELINES["head-alone"](model), rows(model), rows(model), config=TrainConfig(2, 1e-2))
+    assert (result.n_trained, result.row("x", {})["modules"]) == (0, 0) and result.n_head > 0
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "head-alone"])
 def test_every_baseline_fits_every_family_and_can_be_cut(name):
     sizes = {}
     for family in FAMILIES:

@@ -125,13 +125,16 @@ def features(setup: Setup, rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 def fitted(inputs: np.ndarray, labels: np.ndarray, n_labels: int) -> tuple[np.ndarray, np.ndarray]:
     "Weight, (n_labels, width), and bias, (n_labels,), of a linear model that scikit-learn fits."
-    regress = n_labels == 1
+    regress, classes = n_labels == 1, np.unique(labels)
+    if not regress and len(classes) < n_labels:
+        raise ValueError(f"a probe needs rows of all {n_labels} classes, and the first {len(labels):,} have "
+                         f"{len(classes)}; give more training rows, or head 'prior'")
     model = RidgeCV(np.logspace(0, 4, 9)) if regress else LogisticRegression(C=0.1, max_iter=1_000)
     scaler, model = make_pipeline(StandardScaler(), model).fit(inputs, labels)
     weight, bias = np.atleast_2d(model.coef_) / scaler.scale_, np.atleast_1d(model.intercept_)
     bias = bias - weight @ scaler.mean_
-    if n_labels == 2:  # one row says how much surer class 1 is than class 0
-        return np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    if len(weight) == 1 and not regress:  # one row says how much surer the second class is than the first
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     return weight, bias
 
 # %% ../../nbs/data/06_setup.ipynb #setup-head-6

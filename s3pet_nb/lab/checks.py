@@ -81,11 +81,14 @@ def check_compared(
 ) -> None:
     "`UnknownName`, `ValueError` or `FileNotFoundError` for what cannot be trained beside a search."
     from s3pet_nb.learn.train import BASELINES
+    from s3pet_nb.model.backbone import head_parameters
     from s3pet_nb.model.budget import check_budget
     from s3pet_nb.model.structure import kept_space
 
     for name in (name for name in baselines if name != "finetune"):
         sizes = [kept.n for kept in BASELINES[name](model).modules]
+        if not sizes and not head_parameters(model):
+            raise ValueError(f"baseline {name!r} trains nothing: this backbone has no head; leave it out")
         if cut and sum(sizes) > B:
             try:
                 check_budget(B, sizes)

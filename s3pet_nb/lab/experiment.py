@@ -11,7 +11,7 @@ What this module does not do: it searches nothing, trains nothing, and writes no
 __all__ = ['PROTOCOL', 'COMMON', 'T5_LARGE', 'ROBERTA_LARGE', 'PAPERS', 'EQUAL', 'task_for', 'setup_for', 'Seeds', 'sizes_table',
            'budgets_of', 'paper_of', 'differences_from_paper', 'paper_line', 'budget_for', 'budget_text', 'recipe_for',
            'config_for', 'pass_seconds', 'scoring', 'ahead', 'about', 'draw_seed', 'trainings_for', 'best_random',
-           'file_labels', 'compared_with', 'search_splits', 'rows_seen', 'brought', 'row_of', 'mark_equal',
+           'file_labels', 'compared_with', 'searched_on', 'rows_seen', 'brought', 'row_of', 'mark_equal',
            'machine_table']
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-003
@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def sizes_table(setup: Setup) -> Styler:
 PROTOCOL = ["the protocol's", 0]
 COMMON = {"recipe": ["one rate", ""], "head": ["new", ""], "retrain_steps": PROTOCOL, "batch_size": PROTOCOL,
           "max_length": PROTOCOL, "evaluate_every": PROTOCOL, "dropout": [True], "precision": ["float32"],
-          "accumulate": [1], "n_train": ["all rows", 0]}
+          "accumulate": [1], "n_train": ["all rows", 0], "n_eval": ["all rows", 0]}
 T5_LARGE, ROBERTA_LARGE = 737_668_096, 355_361_794  # parameters of the papers' backbones
 
 
@@ -136,14 +137,24 @@ def _like(value: object, known: object) -> bool:
     return math.isclose(value, known, rel_tol=0.01) if numbers else value == known
 
 
+def _difference(name: str, params: Mapping, known: object) -> str:
+    "One difference in words."
+    text = f"{name} {value_text(params[name])}"
+    if name == "budget" and not params[name]:
+        text = f"budget {100 * params.get('share', 0.05):g} % of the space"
+        known = f"{known:.3g} of the backbone"
+    if name == "protocol" and params[name] in PROTOCOLS:
+        text += " with its steps, rates, head and batches"
+    return f"{text} (paper: {value_text(known)})"
+
+
 def differences_from_paper(
     params: Mapping,  # of a template, by name; what is not in `PAPERS` is passed over
 ) -> list[str]:  # such as "order auto (paper: central)"
     "Where these parameters differ from the numbers of the paper."
     others = {name: known for name, known in PAPERS[paper_of(params)].items()
               if name in params and not any(_like(params[name], value) for value in known)}
-    return [f"{name} {value_text(params[name])} (paper: {value_text(known[0])})"
-            for name, known in others.items()]
+    return [_difference(name, params, known[0]) for name, known in others.items()]
 
 
 def paper_line(params: Mapping) -> str:
@@ -162,7 +173,7 @@ def budget_for(space: SearchSpace, budget: float = 0.0, share: float = 0.05) -> 
         return resolve_budget(budget, space.n_backbone)
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}; give a share of the space above 0, at most 1")
-    return int(share * space.n_params)
+    return math.floor(Fraction(str(share)) * space.n_params)
 
 
 def budget_text(B: int, space: SearchSpace) -> str:
@@ -217,12 +228,13 @@ def scoring(setup: Setup, config: LoopConfig) -> float:
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-ahead
 def ahead(phases: Mapping[str, float],  # seconds by what they are for
-          protocol: str) -> str:
+          protocol: str,  # that says how long; empty where the steps are given
+          ) -> str:
     "How long the phases take and together, in a sentence, and what makes them shorter."
     parts = ", ".join(f"{what} {duration(seconds)}" for what, seconds in phases.items())
-    hint = {"quick": "", "standard": " --quick takes about a quarter of it."}.get(
-        protocol, " --standard and --quick are shorter; they differ from the paper.")
-    return f"This takes about {duration(sum(phases.values()))} on this machine: {parts}.{hint}"
+    hints = {"": "", "quick": "", "standard": " The protocol quick (--quick) takes about a quarter of it."}
+    paper = " The protocols standard and quick (--quick) are shorter; they differ from the paper."
+    return f"This takes about {duration(sum(phases.values()))} on this machine: {parts}.{hints.get(protocol, paper)}"
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-result
 def about(setup: Setup, space: SearchSpace, backbone: str) -> dict:
@@ -292,8 +304,8 @@ def compared_with(
     return chosen | {label: Structure.load(file) for label, file in file_labels(structures).items()}
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-brought-1
-def search_splits(file: str, rules: Protocol, data_dir: str = "") -> Splits:
-    "The rows on which the structure in a file was searched; raises what reading a task raises."
+def searched_on(file: str, rules: Protocol, data_dir: str = "") -> tuple[Task, Splits]:
+    "The task and rows on which the structure in a file was searched; raises what reading a task raises."
     structure, params = Structure.load(file), read_json(Path(file).with_name("params.json")) or {}
     if params.get("protocol") in PROTOCOLS:
         rules = PROTOCOLS[params["protocol"]]
@@ -301,16 +313,14 @@ def search_splits(file: str, rules: Protocol, data_dir: str = "") -> Splits:
     own = params.get("split_seed")
     seed = own if type(own) is int and own >= 0 else params.get("seed", structure.seed)
     splits = task.load(data_dir or None, seed, rules.split_rule(task.name))
-    return splits.head(params.get("n_train") or None, params.get("n_eval") or None)
+    return task, splits.head(params.get("n_train") or None, params.get("n_eval") or None)
 
 
-def rows_seen(splits: Splits, setup: Setup) -> dict[str, int]:
-    "How many test rows of a setup are among the training and the validation rows of other splits."
-    key = setup.splits.key or setup.splits.train.column_names
-    tests = np.concatenate([content(rows, key) for name, rows in setup.splits.items()
+def rows_seen(task: Task, splits: Splits, setup: Setup) -> dict[str, int]:
+    "How many test rows of a setup are, by their texts, among the training and validation rows of a task."
+    tests = np.concatenate([content(rows, setup.task.texts) for name, rows in setup.splits.items()
                             if name not in ("train", "validation")])
-    theirs = splits.key or splits.train.column_names
-    seen = {name: int(np.isin(tests, content(getattr(splits, name), theirs)).sum())
+    seen = {name: int(np.isin(tests, content(getattr(splits, name), task.texts)).sum())
             for name in ("train", "validation")}
     return {"test_rows": len(tests), **seen}
 
@@ -327,7 +337,7 @@ def brought(
         structure = Structure.load(file)
         about = {"label": label, "on": setup.task.name, "task": structure.task, "seed": structure.seed}
         try:
-            found.append(about | rows_seen(search_splits(file, rules, data_dir), setup))
+            found.append(about | rows_seen(*searched_on(file, rules, data_dir), setup))
         except (ValueError, LookupError, OSError) as error:
             found.append(about | {"unknown": str(error)})
     return found
@@ -348,11 +358,14 @@ EQUAL = "all scores are equal"
 def mark_equal(
     rows: Iterable[Mapping],  # of `row_of`, of one task or of several
 ) -> list[dict]:
-    "The same rows; where all of a task's have one test score, each of them says so in `learned_nothing`."
+    """The same rows; where all of a task's have one test score, each of them says so in `learned_nothing`.
+
+    Two rows may be equal by chance; it takes three.
+    """
     rows, tests = list(rows), {}
     for row in rows:
         tests.setdefault(row.get("task"), []).append(row["test"])
-    equal = {task for task, scores in tests.items() if len(scores) > 1 and len(set(scores)) == 1}
+    equal = {task for task, scores in tests.items() if len(scores) > 2 and len(set(scores)) == 1}
     reasons = [row["learned_nothing"] or (EQUAL if row.get("task") in equal else None) for row in rows]
     return [{**row, "learned_nothing": reason} for row, reason in zip(rows, reasons)]
 

@@ -22,6 +22,7 @@ import plotly.graph_objects as go
 
 from .plot import as_text, lay_out, legend_below
 from .results import summary
+from .store import CONTROLS
 
 # %% ../../nbs/lab/16_ground.ipynb #ground-006
 FALL = 0.10  # of a score: what lies further below is broken, or collapsed
@@ -33,6 +34,7 @@ def rates(
     "Score over rate of every structure on every task; `ValueError` if no rate was varied."
     if "times" not in scores:
         raise ValueError("no rate was varied; give the study's grid several values of times")
+    scores = scores.assign(learned_nothing=None)  # a rate that breaks is what is looked for
     frame = summary(scores).sort_values(["task", "row", "times"], kind="stable")
     highest = frame.groupby(["task", "row"])["mean"].transform("max")
     best = frame["mean"] == highest
@@ -72,7 +74,7 @@ def draw_rates(
 # %% ../../nbs/lab/16_ground.ipynb #ground-013
 GAIN, SPREAD, SEEDS = 0.10, 0.015, 5  # least gain over the head alone, largest sd, least seeds
 HEAD = "head-alone"  # the baseline that trains no module
-NO_HABIT = (HEAD, "random", "searched", "finetune")
+NO_HABIT = (HEAD, "searched", "finetune", *CONTROLS)
 
 
 def _verdict(gain: float, sd: float, seeds: int) -> str:
@@ -98,6 +100,9 @@ def admission(
         means = part.groupby("label").test.mean()
         habits = means.drop(list(NO_HABIT), errors="ignore")
         if HEAD not in means or habits.empty:
+            rows.append({"task": task, "metric": part.metric.iloc[0], "trainings": len(part),
+                         "collapsed": int(fallen[part.index].sum()),
+                         "admitted": "open: no training of the head alone, or of a habit"})
             continue
         best = habits.idxmax()
         over_seeds = part[part.label == best].groupby("seed").test.mean()

@@ -170,7 +170,7 @@ def _heatmap(structure: Structure) -> str:
 def _scores(result: Mapping) -> str:
     "What a run compared, as a Markdown table; nothing where there is no result."
     rows = [{"structure": _text(row.get("label")), "parameters": number_text(row.get("n_params"), ","),
-             "validation": number_text(row.get("validation"), ".4f"), "test": number_text(row.get("test"), ".4f"),
+             **{name: number_text(row.get(name), ".4f") for name in ("validation", "test")},
              "learned nothing": _text(row.get("learned_nothing") or "")}
             for row in result.get("rows") or []]
     if not rows:

@@ -18,7 +18,6 @@ __all__ = ['SMALL', 'Bundle', 'bundles', 'by_rate', 'Stepper', 'stepper_for']
 
 # %% ../../nbs/learn/02_optim.ipynb #optim-003
 from collections.abc import Iterable, Sequence
-from itertools import repeat
 
 import torch
 import transformers
@@ -81,8 +80,9 @@ def bundles(weights: Iterable[nn.Parameter]) -> list[Bundle]:
 def by_rate(weights: Iterable[nn.Parameter], lr: float | Iterable[float]) -> dict[float, list[Bundle]]:
     "Bundles by their rate, which all weights have, or each its own."
     alike: dict[float, list[nn.Parameter]] = {}
-    rates = repeat(lr) if isinstance(lr, int | float) else lr
-    for weight, rate in zip(weights, rates):
+    weights = list(weights)
+    rates = [lr] * len(weights) if isinstance(lr, int | float) else lr
+    for weight, rate in zip(weights, rates, strict=True):
         alike.setdefault(rate, []).append(weight)
     return {rate: bundles(some) for rate, some in alike.items()}
 

@@ -23,7 +23,7 @@ What this module does not do: it does not know tasks, and it does not train what
 
 # %% auto #0
 __all__ = ['SEARCH_ORDERS', 'FALL', 'DELAY', 'MOST', 'LOOKS', 'ALPHAS', 'SearchConfig', 'SearchStep', 'weight_for', 'check_order',
-           'LogGates', 'EarlyStop', 'SearchResult', 'Pairs', 'run_search', 'search', 'leaning']
+           'virtual_rates', 'LogGates', 'EarlyStop', 'SearchResult', 'Pairs', 'run_search', 'search', 'leaning']
 
 # %% ../../nbs/learn/04_search.ipynb #search-003
 import math
@@ -76,7 +76,9 @@ class SearchStep(Stateful):
         self.measure = "second" if config.compute.precision == "float32" else "central"
         self.auto = Auto(config.measure_every, measure=self.measure) if order == "auto" else None
         self.delta = list(gated.trainable().values())
-        self.step_delta = stepper_for(config, self.delta, gated.paces().values())
+        paces = list(gated.paces().values())
+        self.step_delta = stepper_for(config, self.delta, paces)
+        self.factors = [pace.factor if pace.kind in config.rates else 1.0 for pace in paces]
         self.step_alpha = Stepper([gated.alpha], config.alpha_lr, config.clip, config.steps)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.done, self.passes = 0, 0
@@ -188,16 +190,25 @@ def noise(self: SearchStep) -> tuple[Tensor, int]:
     u = torch.rand(len(self.gated.space), dtype=torch.float64, generator=self.generator)
     return u, int(torch.randint(2 ** 31, (), generator=self.generator))
 
+# %% ../../nbs/learn/04_search.ipynb #search-xi-1
+def virtual_rates(lr: float | list[float], factors: list[float]) -> float | list[float]:
+    "Rates of the virtual step: those of the weights, times the factors of their paces."
+    if all(factor == 1 for factor in factors):
+        return lr
+    rates = lr if isinstance(lr, list) else [lr] * len(factors)
+    return [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+
 # %% ../../nbs/learn/04_search.ipynb #search-n01
 @patch
 def take(self: SearchStep, batches_delta: list, batches_alpha: list) -> dict[str, float]:
     "Take one step, and leave torch's random numbers seeded."
     u, noise = self.noise()
+    xi = virtual_rates(self.step_delta.lr, self.factors)
     result = hypergrad(lambda: self.losses(batches_delta, u, noise),
                        lambda: self.penalised(batches_alpha, u, noise), self.delta, self.gated.alpha,
-                       xi=self.step_delta.lr, order=self.order_now(), reduce=average)
+                       xi=xi, order=self.order_now(), reduce=average)
     numbers, share = check_finite(loss=result.loss_delta, loss_alpha=result.loss_alpha), result.share
-    if share is not None:
+    if share is not None and any(xi if isinstance(xi, list) else [xi]):  # at a rate of 0 there is no term
         numbers["mixed"] = share
         if self.auto:
             self.auto.note(share)

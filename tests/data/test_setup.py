@@ -154,3 +154,8 @@ def test_seeds_that_are_the_same_change_nothing():
     own = Setup.of("agreement", seed=2, init_seed=2, search_seed=2, order_seed=2, n_train=64, n_eval=8)
     assert first(own.train).equal(first(plain.train)) and first(own.delta).equal(first(plain.delta))
     assert all(one.equal(other) for one, other in zip(own.model.parameters(), plain.model.parameters()))
+
+
+def test_a_probe_without_rows_of_a_class_is_refused():
+    with pytest.raises(ValueError, match="needs rows of all 3 classes, and the first 4 have 2; give more"):
+        fitted(np.random.default_rng(0).normal(size=(4, 3)), np.array([0, 2, 0, 2]), 3)

@@ -9,11 +9,12 @@ from s3pet_nb.core import UnknownName
 from s3pet_nb.lab.experiment import (PAPERS, Seeds, about, ahead, best_random, brought, budget_for, budget_text,
                                      compared_with, config_for, differences_from_paper, draw_seed, file_labels,
                                      machine_table, mark_equal, paper_line, pass_seconds, recipe_for, row_of,
-                                     rows_seen, scoring, search_splits, setup_for, sizes_table, task_for,
+                                     rows_seen, scoring, searched_on, setup_for, sizes_table, task_for,
                                      trainings_for, value_table)
 from s3pet_nb.lab.run import execute
 from s3pet_nb.lab.store import Run, write_json
 from s3pet_nb.lab.study import parameters, study
+from s3pet_nb.data.setup import Setup
 from s3pet_nb.learn.compute import Compute
 from s3pet_nb.learn.protocol import PROTOCOLS, RECIPES
 from s3pet_nb.learn.train import BASELINES, TrainConfig, random_structure, retrain
@@ -91,8 +92,9 @@ def test_the_time_ahead_is_passes_times_seconds_and_names_what_is_shorter(setup)
     seconds = {"the search": 60.0, "4 trainings": 120.0}
     assert ahead(seconds, "quick") == ("This takes about 3 min 0 s on this machine: the search 1 min 0 s, "
                                            "4 trainings 2 min 0 s.")
-    assert "--quick takes about a quarter" in ahead(seconds, "standard")
-    assert "--standard and --quick are shorter" in ahead(seconds, "s3pet")
+    assert "quick (--quick) takes about a quarter" in ahead(seconds, "standard")
+    assert "standard and quick (--quick) are shorter" in ahead(seconds, "s3pet")
+    assert ahead(seconds, "") == ahead(seconds, "quick")
 
 
 def test_timing_a_pass_leaves_model_and_random_numbers_as_they_were(setup):
@@ -295,7 +297,7 @@ def test_the_same_split_shares_no_row(own_task, model, tmp_path):
 
 def test_the_split_is_made_again_from_the_parameters_beside_the_structure(own_task, model, tmp_path):
     file = found_on(tmp_path / "found", model, own_task, 9, split_seed=2, n_eval=5, n_train=20)
-    splits, expected = search_splits(file, RULES), task_for(own_task, RULES).load(None, 2, RULES.split_rule("own"))
+    (_, splits), expected = searched_on(file, RULES), task_for(own_task, RULES).load(None, 2, RULES.split_rule("own"))
     assert splits.sizes["validation"] == 5 and splits.sizes["train"] == 20
     assert splits.validation["text"] == expected.validation["text"][:5]
 
@@ -311,10 +313,18 @@ def test_rows_of_another_task_are_found_by_what_they_say(own_task, tmp_path):
     other = tmp_path / "other.csv"
     pd.read_csv(own_task).rename(columns={"text": "line"}).to_csv(other, index=False)
     setup = setup_for(own_task, "minilm", RULES, "cpu", seed=0)
-    theirs = task_for(str(other), RULES).load(None, 0, RULES.split_rule("other"))
-    seen = rows_seen(theirs, setup)
+    task = task_for(str(other), RULES)
+    theirs = task.load(None, 0, RULES.split_rule("other"))
+    seen = rows_seen(task, theirs, setup)
     assert seen["validation"] == len(set(setup.splits.test["text"]) & set(theirs.validation["line"]))
-    assert rows_seen(task_for(str(other), RULES).load(None, 1, RULES.split_rule("other")), setup)["validation"] > 0
+    assert rows_seen(task, task.load(None, 1, RULES.split_rule("other")), setup)["validation"] > 0
+
+
+def test_sentences_of_agreement_that_another_seed_has_seen_are_counted_whatever_their_squares_are_called():
+    setup, other = (Setup.of("agreement", seed=seed) for seed in (0, 1))
+    seen = rows_seen(other.task, other.whole, setup)
+    tests = [sentence for name in ("test", "test_unseen") for sentence in setup.splits[name]["sentence"]]
+    assert seen["train"] == sum(sentence in set(other.whole.train["sentence"]) for sentence in tests) > 0
 
 
 def test_files_are_labelled_as_their_trainings_are(model, tmp_path):

@@ -471,3 +471,39 @@ def test_a_checkpoint_of_another_version_or_shape_is_refused_in_a_sentence(spoil
         spoil(state)
         with pytest.raises(ValueError, match=re.escape(says)):
             step.load_state_dict(state)
+
+
+def alpha_gradient(lora_alpha, rates):
+    "The hypergradient of alpha at the first step, of LoRA and biases on a model in float64."
+    model = tiny("bert").double()
+    space = make_space(model, (Rule("lora", ("q", "wi"), {"lora_alpha": lora_alpha}), Rule("bitfit", ("q",))))
+    batches = [example_batch(model, seed=seed) for seed in (1, 2)]
+    with attach(model, space) as gated:
+        for k, pet in enumerate(gated.pets.double()):
+            for weight in pet.parameters():
+                draw = torch.Generator().manual_seed(k)
+                if weight.any():
+                    weight.data = torch.randn(weight.shape, generator=draw, dtype=torch.float64)
+        step = SearchStep(gated, space.n_params // 2, "first", SearchConfig(10, 1e-2, rates=rates, dropout=False))
+        seen = []
+        step.move = lambda result: seen.append(result.direct)
+        step(([batches[0]], [batches[1]]))
+    return seen[0]
+
+
+def test_loras_scale_does_not_matter_in_a_search_under_a_recipe_and_does_at_one_rate():
+    rates = {"A": 0.02, "B": 0.01, "vector": 0.002, "head": 0.01}
+    one, sixteen = (alpha_gradient(scale, rates) for scale in (1.0, 16.0))
+    assert one.norm() > 0 and torch.allclose(one, sixteen, rtol=1e-6, atol=1e-12)
+    assert not torch.allclose(alpha_gradient(1.0, {}), alpha_gradient(16.0, {}), rtol=0.1)
+
+
+def test_auto_measures_only_once_the_rate_is_above_zero():
+    model, records = tiny("bert"), Records()
+    loader = DataLoader([{name: column[i] for name, column in example_batch(model, size=8).items()}
+                         for i in range(8)], 4)
+    search(model, make_space(model, "bias"), loader, loader, loader, budget=100, order="auto", log=records,
+           config=SearchConfig(20, rates={"vector": 0.1}, warmup=0.1, measure_every=50, evaluate_every=20),
+           callbacks=())
+    measured = {record["step"]: record["mixed"] for record in records if "mixed" in record}
+    assert min(measured) == 2 and measured[2] > 0

@@ -188,7 +188,7 @@ def of(
         start_head(setup, probed=head == "probe")
     return setup
 
-
+# %% ../../nbs/data/06_setup.ipynb #setup-repr
 @patch
 def __repr__(self: Setup) -> str:
     return f"Setup of {self.task.name} on {self.model.config.name_or_path}: {self.splits}"

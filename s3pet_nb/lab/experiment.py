@@ -234,7 +234,8 @@ def ahead(phases: Mapping[str, float],  # seconds by what they are for
     parts = ", ".join(f"{what} {duration(seconds)}" for what, seconds in phases.items())
     hints = {"": "", "quick": "", "standard": " The protocol quick (--quick) takes about a quarter of it."}
     paper = " The protocols standard and quick (--quick) are shorter; they differ from the paper."
-    return f"This takes about {duration(sum(phases.values()))} on this machine: {parts}.{hints.get(protocol, paper)}"
+    total = duration(sum(phases.values()))
+    return f"This takes about {total} on this machine: {parts}.{hints.get(protocol, paper)}"
 
 # %% ../../nbs/lab/14_experiment.ipynb #experiment-result
 def about(setup: Setup, space: SearchSpace, backbone: str) -> dict:

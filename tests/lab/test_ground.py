@@ -62,4 +62,16 @@ def test_a_searched_structure_and_full_fine_tuning_are_no_habits():
 
 
 def test_a_task_without_the_head_alone_has_no_verdict():
-    assert ground.admission(scores(over_seeds("bitfit", [0.8] * 5))).empty
+    frame = ground.admission(scores(over_seeds("bitfit", [0.8] * 5)))
+    assert frame.admitted.tolist() == ["open: no training of the head alone, or of a habit"]
+
+
+def test_a_rate_at_which_nothing_is_learned_is_one_that_breaks():
+    rows = [*over_seeds("lora", [0.8] * 3), *over_seeds("lora", [0.5] * 3, times=10.0, learned_nothing="one class")]
+    frame = ground.rates(scores([{"learned_nothing": None} | row for row in rows]))
+    assert frame.set_index("times").breaks.to_dict() == {1.0: False, 10.0: True}
+
+
+def test_controls_are_no_habits():
+    rows = [*HEAD, *over_seeds("bitfit", [0.75] * 5), *over_seeds("upper-layers", [0.9] * 5)]
+    assert ground.admission(scores(rows))["best habit"].tolist() == ["bitfit"]

@@ -96,20 +96,24 @@ def half_silent(make, root):
          row("random-2", 0.6)]])
 
 
-def test_what_learned_nothing_has_no_part_in_means_differences_and_ranks(make, root):
+def test_a_row_one_of_whose_trainings_learned_nothing_is_left_out_whole(make, root):
+    "What is left of it would be the lucky ones: 0.8 for the search, where the other seed is at chance."
     study, frame = half_silent(make, root)
-    assert len(frame) == 6 and len(learned(frame)) == 4
-    assert summary(frame)[["row", "seeds", "mean"]].to_numpy().tolist() == [
-        ["searched", 1, 0.8], ["random", 2, pytest.approx(0.625)]]
-    paired = differences(study, frame)
-    assert paired.pairs.tolist() == [1] and paired["mean"].tolist() == [pytest.approx(0.15)]
-    assert ranks(frame).blocks.tolist() == [1, 1]
+    assert learned(frame).empty and summary(frame).empty and differences(study, frame).empty
+    beside = answer(study, root / "beside", [
+        [row("searched", 0.8), row("random-1", 0.7), row("bitfit", 0.6)],
+        [row("searched", 0.9), row("random-1", 0.7), row("bitfit", 0.5, "one class")]])
+    assert summary(beside)[["row", "seeds", "mean"]].to_numpy().tolist() == [
+        ["searched", 2, pytest.approx(0.85)], ["random", 2, pytest.approx(0.7)]]
+    table = wide(study, beside)
+    assert table[["row", "glue/cola"]].to_numpy().tolist() == [
+        ["searched", "85.0 ± 7.1"], ["random", "70.0 ± 0.0"], ["bitfit", "1 of 2 learned nothing"]]
 
 
 def test_a_sentence_says_how_many_learned_nothing(make, root):
     study, frame = half_silent(make, root)
     (sentence,) = nothing_sentences(frame)
-    assert sentence.startswith("2 of 6 trainings learned nothing.") and "1 of 2 of searched (one class)" in sentence
+    assert sentence.startswith("2 of 6 trainings learned nothing: ") and "1 of 2 of searched (one class)" in sentence
     assert "1 of 4 of random (no better than one class)" in sentence
     assert nothing_sentences(frame[:3]) == []
 

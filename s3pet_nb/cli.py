@@ -160,7 +160,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Out = Annotated[Path, typer.Option(help="Folder of all reports.")]
 Task = Annotated[str, typer.Option(help="Such as glue/cola, or a file of your own rows.")]
 Backbone = Annotated[str, typer.Option(help="Hub name, folder, or minilm.")]
-Budget = Annotated[float, typer.Option(help="Share of the backbone below 1, else a count; 5 % of the space.")]
+Budget = Annotated[float, typer.Option(help="Share of the backbone below 1, else a count.")]
 Seed = Annotated[int, typer.Option(help="Seed of data order, gates and weights.")]
 DataDir = Annotated[Path, typer.Option(help="Folder with the task's files instead of the hub.")]
 RetrainSteps = Annotated[int, typer.Option(help="Steps of each re-training.")]

@@ -296,3 +296,22 @@ def test_a_study_is_refused_quickly_only_if_nothing_is_left_to_check():
     assert len(refused.value.each) == 2 and "'globall'" in refused.value.each[0]
     check_quickly("mine", [wrong, fine])
     check_quickly("mine", [])
+
+
+@pytest.mark.parametrize("wrong, sentence", [
+    ({"times": 2.0}, "times multiplies the rates of the kinds in vary; give both"),
+    ({"times": 0.0}, "times is 0.0; give a factor above 0"),
+    ({"vary": ["B"], "lr": 1e-3}, "give both, and leave lr at 0"),
+    ({"vary": ["vectors"]}, "unknown kind of rate 'vectors'; did you mean 'vector'"),
+    ({"vary": ["B"], "times": 3.0, "protocol": "s3pet"}, "protocol 's3pet' has one rate for all; give a recipe"),
+    ({"recipe": "even", "lr": 1e-3}, "recipe 'even' has a rate for each kind of weight; leave lr at 0"),
+    ({"n_random": 0, "baselines": []}, "there is nothing to train"),
+    ({"share": 2.0}, "share is 2.0; give a share of the space above 0, at most 1")])
+def test_a_training_that_cannot_run_is_refused(wrong, sentence):
+    with pytest.raises((ValueError, LookupError), match=re.escape(sentence)):
+        check("train", resolve("train", wrong))
+
+
+def test_trainings_with_rates_multiplied_pass():
+    check("train", resolve("train", {"vary": ["B", "head"], "times": 3.0, "recipe": "even"}))
+    check("train", resolve("train", {"protocol": "s3pet", "lr": 1e-3}))

@@ -208,8 +208,10 @@ def test_a_comparison_of_equal_scores_is_marked(tests, reasons):
 
 def test_scores_are_equal_within_a_task_and_a_reason_of_its_own_stays():
     rows = [{"task": task, "test": test, "learned_nothing": why}
-            for task, test, why in (("a", 0.5, "one class"), ("a", 0.5, None), ("b", 0.5, None), ("b", 0.6, None))]
-    assert [row["learned_nothing"] for row in mark_equal(rows)] == ["one class", "all scores are equal", None, None]
+            for task, test, why in (("a", 0.5, "one class"), ("a", 0.5, None), ("a", 0.5, None), ("b", 0.5, None), ("b", 0.6, None),
+                                    ("c", 0.7, None), ("c", 0.7, None))]
+    assert [row["learned_nothing"] for row in mark_equal(rows)] == [
+        "one class", "all scores are equal", "all scores are equal", None, None, None, None]
 
 
 # --- what is drawn, and the best of it
@@ -323,8 +325,9 @@ def test_rows_of_another_task_are_found_by_what_they_say(own_task, tmp_path):
 def test_sentences_of_agreement_that_another_seed_has_seen_are_counted_whatever_their_squares_are_called():
     setup, other = (Setup.of("agreement", seed=seed) for seed in (0, 1))
     seen = rows_seen(other.task, other.whole, setup)
-    tests = [sentence for name in ("test", "test_unseen") for sentence in setup.splits[name]["sentence"]]
-    assert seen["train"] == sum(sentence in set(other.whole.train["sentence"]) for sentence in tests) > 0
+    splits, train = dict(setup.splits.items()), set(other.whole.train["sentence"])
+    tests = [sentence for name in ("test", "test_unseen") for sentence in splits[name]["sentence"]]
+    assert seen["train"] == sum(sentence in train for sentence in tests) > 0
 
 
 def test_files_are_labelled_as_their_trainings_are(model, tmp_path):

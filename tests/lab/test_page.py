@@ -107,7 +107,8 @@ def test_head_says_what_was_asked_and_how_to_ask_again(run):
     demo = make_run(run.folder.parent.parent, study="demo", steps=6, seed=3, backbone="minilm", lr=0.5,
                     gate="local", baselines=["bitfit", "finetune"])
     assert command(demo) == (
-        "s3pet demo --seed 3 --set search_steps=6 --set lr=0.5 --set gate=local --set baselines=bitfit,finetune")
+        "s3pet demo --set budget=0.0002 --seed 3 --set search_steps=6 --set lr=0.5 --set gate=local "
+        "--set baselines=bitfit,finetune")
 
 
 def test_a_run_of_a_template_without_a_command_shows_none(tmp_path):
@@ -175,7 +176,7 @@ def test_a_pruning_is_asked_for_again_by_its_own_command(tmp_path, study):
     run = make_pruned(tmp_path, steps=6, finished=False, study=study, average_over=1)
     assert command(run) == (
         "s3pet prune --task glue/cola --backbone minilm --space bias --budget 4631.0 "
-        "--granularity unstructured --criterion first-order --set average_over=1 --seed 0")
+        "--granularity unstructured --criterion first-order --set average_over=1 --set protocol=lawton --seed 0")
 
 
 def test_page_of_a_pruning(pruned):

@@ -203,6 +203,12 @@ def scores(
     return frame
 
 # %% ../../nbs/lab/08_results.ipynb #results-010c
+def _grid(frame: pd.DataFrame) -> list[str]:
+    "The grid's parameters: the columns of `scores` between row and seed."
+    names = list(frame)
+    return names[names.index("row") + 1:names.index("seed")]
+
+
 def learned(
     frame: pd.DataFrame,  # of `scores`
 ) -> pd.DataFrame:
@@ -230,12 +236,6 @@ def nothing_sentences(
             "one of its trainings did, a row is left out of all means, differences, ranks and intervals."]
 
 # %% ../../nbs/lab/08_results.ipynb #results-012
-def _grid(frame: pd.DataFrame) -> list[str]:
-    "The grid's parameters: the columns of `scores` between row and seed."
-    names = list(frame)
-    return names[names.index("row") + 1:names.index("seed")]
-
-
 def _seeds(frame: pd.DataFrame) -> list[str]:
     "The columns that tell one repetition from another."
     return ["seed", *(name for name in SEEDS if name in frame)]

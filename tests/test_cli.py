@@ -210,7 +210,8 @@ def test_the_closing_table_fits_eighty_columns(capsys):
     assert shown[-1][1:] == ["–", "737,668,096", "0.8000", "0.7500"]
 
 
-SAID = {"protocol": "steps", "budget": "budget", "dropout": "dropout", "order": "order", "stop_after": "early stop"}
+SAID = {"protocol": "steps", "budget": "budget", "dropout": "dropout", "order": "order", "stop_after": "early stop",
+        "n_eval": "2,000 rows"}
 
 
 @pytest.mark.parametrize("command", ["search", "prune"])

@@ -56,7 +56,7 @@ FINE = resolve("search", {})
     ({"l0": 0.1}, "only the gate 'hard-concrete' has an L0 penalty"),
     ({"gate": "hard-concrete"}, "the size falls to the budget until the end of the search; give alphas 'last'"),
     ({"recipe": "even"}, "recipe 'even' has a rate for each kind of weight; leave lr and search_lr at 0"),
-    ({"recipe": "evn"}, "unknown recipe 'evn'; did you mean 'even'"),
+    ({"recipe": "evn", "lr": 0.0, "search_lr": 0.0}, "unknown recipe 'evn'; did you mean 'even'"),
     ({"head": "probed"}, "unknown start of a head 'probed'; did you mean 'probe'"),
     ({"gate": "hard-concrete", "l0": 1.0, "tau_end": 0.1}, "leave tau and tau_end out"),
     ({"gate": "hard-concrete", "l0": 1.0, "tau": 2.0}, "leave tau and tau_end out"),

@@ -41,7 +41,7 @@ def test_a_search_on_real_rows_ends_in_its_report(task, head, data_dir, tmp_path
 
 @pytest.mark.parametrize("asked, passes", [
     ({"gate": "local"}, 6), ({"gate": "straight-through", "beta_end": 0.1}, 6),
-    ({"gate": "hard-concrete", "l0": 1e-3}, 6), ({"gate": "hard-concrete"}, 6),
+    ({"gate": "hard-concrete", "l0": 1e-3}, 6), ({"gate": "hard-concrete", "alphas": "last"}, 6),
     ({"order": "central", "alphas": "mean", "method": "exact"}, 12)],
     ids=["local", "straight-through", "l0", "l0 for the budget", "central"])
 def test_other_gates_and_orders_on_real_rows(asked, passes, data_dir, tmp_path):

@@ -691,7 +691,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       's3pet_nb.lab.results._markdown': ('lab/results.html#_markdown', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results._mean_ranks': ('lab/results.html#_mean_ranks', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results._memory': ('lab/results.html#_memory', 's3pet_nb/lab/results.py'),
-                                      's3pet_nb.lab.results._number_text': ('lab/results.html#_number_text', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results._pairs': ('lab/results.html#_pairs', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results._per_group': ('lab/results.html#_per_group', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results._per_seed': ('lab/results.html#_per_seed', 's3pet_nb/lab/results.py'),

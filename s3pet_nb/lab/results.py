@@ -20,9 +20,10 @@ A seed counts once: several structures of a kind in one run, such as three rando
 anything else. The intervals and tests are scipy's. They treat seeds as a sample: with three of them an
 interval is wide, and says so. A higher score is the better one in every metric here.
 
-Scores of two tasks are never averaged: a point of accuracy is not a point of correlation. Over tasks there
-are means of ranks, and of differences in standard deviations of each task's scores. Seeds of one task are not
-independent of each other, so it is tasks that such an interval draws anew.
+A point of accuracy is not a point of correlation, so scores of two tasks are averaged in the layout of
+S3PET's table 2 alone. Over tasks there are means of ranks, and of differences in standard deviations of each
+task's scores. Seeds of one task are not independent of each other, so it is tasks that such an interval draws
+anew.
 
 What this module does not do: it runs nothing and draws nothing."""
 
@@ -531,10 +532,6 @@ def variance_shares(
 
     return _per_group(_per_seed(frame), ["row", *_grid(frame), "task"], about, ["runs", "sd", *names, "rest"])
 
-# %% ../../nbs/lab/08_results.ipynb #results-number
-def _number_text(value: float, form: str) -> str:
-    return MISSING if pd.isna(value) else format(value, form)
-
 # %% ../../nbs/lab/08_results.ipynb #results-seeds-3
 def seed_sentence(
     frame: pd.DataFrame,  # of `variance_shares`
@@ -554,10 +551,10 @@ def share_table(
 ) -> pd.DataFrame:
     "The same as text: sd in points of the score, shares in per cent."
     first = frame.columns.get_loc("sd")
-    shares = {name: [_number_text(value, ".0%") for value in frame[name]]
+    shares = {name: [number_text(value, ".0%") for value in frame[name]]
               for name in frame.columns[first + 1:]}
     points = {name: frame[name].map(value_text) for name in _point_names(frame)}
-    return frame.assign(**points, **shares, sd=[_number_text(100 * sd, ".1f") for sd in frame.sd])
+    return frame.assign(**points, **shares, sd=[number_text(100 * sd, ".1f") for sd in frame.sd])
 
 # %% ../../nbs/lab/08_results.ipynb #results-023
 NOTHING = "learned nothing"  # of a cell

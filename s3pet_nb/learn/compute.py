@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ..core import check_counts, check_names, evaluating, to_device
 from .learner import Stateful, Stream
-from ..model.backbone import checkpointing
+from ..model.backbone import NarrowProducts, checkpointing
 from ..model.pet import PACES
 
 # %% ../../nbs/learn/01_compute.ipynb #learner-034
@@ -46,7 +46,7 @@ PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
 class Compute:
     "How a pass through the model is run; `UnknownName` for another precision, `ValueError` for no batch."
 
-    precision: str = "float32"  # or "bf16": autocast; weights and optimisers stay in float32
+    precision: str = "float32"  # or "bf16": products in bfloat16; weights and optimisers stay in float32
     accumulate: int = 1  # batches of a step in each process; their losses are averaged
     gradient_checkpointing: bool = False  # activations are computed again in the backward pass, not kept
     compile: bool = False  # training passes by torch.compile
@@ -56,9 +56,11 @@ class Compute:
         check_counts(accumulate=self.accumulate)
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
-        "Within it products are taken in this precision."
-        return torch.autocast(device.type, PRECISIONS[self.precision] or torch.bfloat16,
-                              enabled=self.precision != "float32")
+        "Within it products are taken in this precision: by `torch.autocast`, on a CPU by `NarrowProducts`."
+        dtype = PRECISIONS[self.precision]
+        if dtype is None:
+            return nullcontext()
+        return NarrowProducts() if device.type == "cpu" else torch.autocast(device.type, dtype)
 
     def compiled(self, model: nn.Module) -> Callable:
         "`model` as a training step calls it."

@@ -18,15 +18,16 @@ What this module does not do: it adds nothing to a model and trains nothing."""
 __all__ = ['FAMILIES', 'BERT_LINEAR', 'BERT_NORM', 'BERT_TINY', 'T5_ATTENTION', 'T5_CROSS', 'LLAMA', 'READ_TOGETHER',
            'BIAS_SWITCHES', 'BLOCKS', 'Modules', 'HEADS', 'PACKAGED', 'KINDS', 'Position', 'Stack', 'Family', 't5_ffn',
            'leaf_names', 'family_of', 'widths', 'base_prefix', 'positions', 'shape_of', 'tiny', 'entries',
-           'example_batch', 'head_parameters', 'checkpointing', 'PackagedWeights', 'packaged_folder', 'quiet',
-           'blueprint', 'kind_of', 'load_backbone']
+           'example_batch', 'head_parameters', 'narrow', 'NarrowLinear', 'NarrowProducts', 'checkpointing',
+           'PackagedWeights', 'packaged_folder', 'quiet', 'blueprint', 'kind_of', 'load_backbone']
 
 # %% ../../nbs/model/00_backbone.ipynb #backbone-003
 import hashlib
 import importlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,10 @@ from unittest import mock
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -269,7 +273,67 @@ def head_parameters(model: transformers.PreTrainedModel) -> dict[str, nn.Paramet
     return {name: parameter for name, parameter in model.named_parameters()
             if not name.startswith(base_prefix(model))}
 
+# %% ../../nbs/model/00_backbone.ipynb #backbone-narrow-2
+@contextmanager
+def narrow(
+    on: bool = True,  # or all stays as it is
+) -> Iterator[None]:
+    "Within it every product of float32 matrices on a CPU is multiplied in bfloat16."
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16" if on else before
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+# %% ../../nbs/model/00_backbone.ipynb #backbone-narrow-3
+class NarrowLinear(torch.autograd.Function):
+    "`x W^T + b` for x (T, d_in), W (d_out, d_in) and b (d_out,) or None: it and its gradients by `narrow`."
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W)
+        with narrow():
+            return x @ W.t() if b is None else torch.addmm(b, x, W.t())
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, W = ctx.saved_tensors
+        to_x, to_W, to_b = ctx.needs_input_grad
+        return (NarrowLinear.apply(g, W.t(), None) if to_x else None,
+                NarrowLinear.apply(g.t(), x.t(), None) if to_W else None, g.sum(0) if to_b else None)
+
+# %% ../../nbs/model/00_backbone.ipynb #backbone-narrow-4
+class NarrowProducts(TorchFunctionMode):
+    "Within it linear products are those of `NarrowLinear`, and so are their gradients, wherever computed."
+
+    entered = ContextVar("entered", default=False)
+
+    def __enter__(self) -> "NarrowProducts":
+        self.before = self.entered.set(True)
+        return super().__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        super().__exit__(*raised)
+        self.entered.reset(self.before)
+
+    def __torch_function__(self, function: object, types: object, args: tuple = (),
+                           kwargs: dict | None = None) -> object:
+        if function is linear:
+            x, W, *b = args
+            return NarrowLinear.apply(x.reshape(-1, x.shape[-1]), W, *b or [None]).view(*x.shape[:-1], len(W))
+        if function is torch.addmm:  # of `Conv1D`
+            b, x, W = args
+            return NarrowLinear.apply(x, W.t(), b)
+        return function(*args, **(kwargs or {}))
+
 # %% ../../nbs/model/00_backbone.ipynb #backbone-035
+def _as_now() -> tuple[AbstractContextManager, AbstractContextManager]:
+    "What a layer is computed in, and computed again in: products as narrow as they are now."
+    return nullcontext(), NarrowProducts() if NarrowProducts.entered.get() else nullcontext()
+
+
 @contextmanager
 def checkpointing(model: transformers.PreTrainedModel) -> Iterator[None]:
     """Gradient checkpointing of every layer inside, on exit everything as before.
@@ -282,7 +346,7 @@ def checkpointing(model: transformers.PreTrainedModel) -> Iterator[None]:
         raise ValueError(f"{type(model).__name__} has no layer that can be checkpointed; leave it out")
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     again = {"training": True, "gradient_checkpointing": True,
-             "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False)}
+             "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False, context_fn=_as_now)}
     with ExitStack() as undo:
         for part in layers:
             undo.enter_context(mock.patch.multiple(part, create=True, **again))

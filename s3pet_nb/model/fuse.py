@@ -44,14 +44,14 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from .backbone import READ_TOGETHER, Position, entries
+from .backbone import READ_TOGETHER, NarrowProducts, Position, entries, narrow
 from .pet import PETModule
 
 # %% ../../nbs/model/04_fuse.ipynb #fuse-006
-def _narrow(x: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
+def _low_rank(x: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
     "`x y + b` for x (T, r) and y (r, d); with one column it is a product of numbers, and quicker as such."
     if x.shape[1] > 1:
-        return x @ y if b is None else torch.addmm(b, x, y)
+        return x @ y if b is None else b.addmm(x, y)
     return x * y if b is None else torch.addcmul(b, x, y)
 
 # %% ../../nbs/model/04_fuse.ipynb #fuse-n00
@@ -60,7 +60,8 @@ class LowRankLinear(torch.autograd.Function):
 
     Takes act, x and h (T, d_in), then of each product W (d_in, d_out), which is frozen, b (d_out,) or None,
     down (r, d_in) and up (d_out, r). What is kept for the backward pass is x: h itself without an `act`, else
-    what h = act(x) is computed again from. It can be differentiated twice.
+    what h = act(x) is computed again from. It can be differentiated twice. Within `NarrowProducts` the wide
+    products, of W, are narrow.
     """
 
     @staticmethod
@@ -69,9 +70,11 @@ class LowRankLinear(torch.autograd.Function):
         weights, biases, downs, ups = (operands[k::4] for k in range(4))
         reads = h @ (torch.cat(downs) if len(downs) > 1 else downs[0]).t()  # (T, sum of r)
         reads = [u.contiguous() for u in reads.split([len(down) for down in downs], 1)]
-        ctx.act = act
+        ctx.act, ctx.narrow = act, NarrowProducts.entered.get()
         ctx.save_for_backward(x, *weights, *downs, *ups, *reads)
-        return tuple(_narrow(u, up.t(), b).addmm_(h, W) for W, b, u, up in zip(weights, biases, reads, ups))
+        outs = [_low_rank(u, up.t(), b) for b, u, up in zip(biases, reads, ups)]
+        with narrow(ctx.narrow):
+            return tuple(out.addmm_(h, W) for out, W in zip(outs, weights))
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,12 +86,14 @@ class LowRankLinear(torch.autograd.Function):
             reads = [h @ down.t() for down in downs]
         writes = [g @ up for g, up in zip(grads, ups)]  # (T, r) each
         joined, down = (writes[0], downs[0]) if len(grads) == 1 else (torch.cat(writes, 1), torch.cat(downs))
-        to_h = _narrow(joined, down) if ctx.needs_input_grad[2] else None
+        to_h = _low_rank(joined, down) if ctx.needs_input_grad[2] else None
         to_downs = (joined.t() @ h).split([len(down) for down in downs])
         to_operands = []
-        for k, (g, W, u) in enumerate(zip(grads, weights, reads)):
-            if to_h is not None:
-                to_h.addmm_(g, W.t())
+        if to_h is not None:
+            with narrow(ctx.narrow):
+                for g, W in zip(grads, weights):
+                    to_h.addmm_(g, W.t())
+        for k, (g, u) in enumerate(zip(grads, reads)):
             to_b = g.sum(0) if ctx.needs_input_grad[4 * k + 4] else None
             to_operands += [None, to_b, to_downs[k], g.t() @ u]
         return None, None, to_h, *to_operands

@@ -12,7 +12,7 @@ from s3pet_nb.learn.compute import (Compute, Groups, LoopConfig, average, evalua
                                     negative_loss, own_noise, pick_device, training)
 from s3pet_nb.learn.search import SearchConfig
 from s3pet_nb.learn.train import TrainConfig
-from s3pet_nb.model.backbone import example_batch, tiny
+from s3pet_nb.model.backbone import NarrowProducts, example_batch, tiny
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -166,7 +166,7 @@ def test_a_score_is_taken_in_evaluation_mode_and_in_the_precision_of_the_run():
 
     def score(model, loader):
         assert not model.training and loader is batches
-        return torch.is_autocast_enabled("cpu")
+        return NarrowProducts.entered.get()
 
     assert [evaluated(model, batches, score, Compute(name)) for name in ("float32", "bf16")] == [False, True]
     assert model.training

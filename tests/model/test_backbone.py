@@ -9,9 +9,9 @@ import transformers
 from transformers.utils import logging
 
 from s3pet_nb.core import UnknownName
-from s3pet_nb.model.backbone import (FAMILIES, PACKAGED, PackagedWeights, blueprint, checkpointing, entries,
-                                     example_batch, head_parameters, kind_of, load_backbone, packaged_folder,
-                                     positions, quiet, shape_of, tiny)
+from s3pet_nb.model.backbone import (FAMILIES, PACKAGED, NarrowLinear, NarrowProducts, PackagedWeights, blueprint,
+                                     checkpointing, entries, example_batch, head_parameters, kind_of,
+                                     load_backbone, narrow, packaged_folder, positions, quiet, shape_of, tiny)
 from s3pet_nb.model.pet import PET_MODULES
 from s3pet_nb.model.space import ROLES, SPACES, Rule, attach, make_space
 from variants import HEAD, VARIANTS, fill, variant
@@ -59,6 +59,56 @@ def test_norms_that_only_some_models_of_a_family_have():
 def test_a_pass_may_begin_at_the_model_or_at_a_stack(family, paths):
     model = tiny(family, HEAD.get(family, "classify"))
     assert entries(model) == [model.get_submodule(path) for path in paths]
+
+
+ROUNDED = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # or products are as they were
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_narrow_product_can_be_differentiated_twice(bias):
+    torch.manual_seed(0)
+    x, W, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 3), (5, 3), (5,)))
+    operands = (x, W, b if bias else None)
+    assert torch.equal(NarrowLinear.apply(*operands), torch.nn.functional.linear(*operands))
+    assert torch.autograd.gradcheck(NarrowLinear.apply, operands)
+    assert torch.autograd.gradgradcheck(NarrowLinear.apply, operands)
+
+
+def test_gradients_are_products_of_rounded_numbers_too():
+    torch.manual_seed(0)
+    layer, x, g = torch.nn.Linear(64, 48), torch.randn(3, 9, 64, requires_grad=True), torch.randn(3, 9, 48)
+    with NarrowProducts():
+        out = layer(x)
+    out.backward(g)  # out of it
+    like = torch.bfloat16 if ROUNDED else torch.float32
+    g, seen, W = (numbers.detach().to(like).double() for numbers in (g, x, layer.weight))
+    assert (x.grad - g @ W).abs().max() < 1e-4
+    assert (layer.weight.grad - g.flatten(0, 1).t() @ seen.flatten(0, 1)).abs().max() < 1e-4
+    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert torch.equal(out, plain) != ROUNDED
+
+
+def test_layers_computed_again_are_computed_as_narrow():
+    model = tiny("bert", num_hidden_layers=2).eval()
+    batch, weights = example_batch(model), [model.bert.embeddings.LayerNorm.weight]
+
+    def slope():
+        with NarrowProducts():
+            loss = model(**batch).loss
+        return torch.autograd.grad(loss, weights)[0]
+
+    kept = slope()
+    with checkpointing(model):
+        torch.testing.assert_close(slope(), kept, rtol=0, atol=0)
+
+
+def test_an_error_leaves_products_as_they_were():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(RuntimeError), NarrowProducts():
+        torch.nn.Linear(3, 4)(torch.ones(2, 5))
+    with narrow(False):
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert torch.backends.mkldnn.matmul.fp32_precision == before and not NarrowProducts.entered.get()
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["without-dropout", "with-dropout"])

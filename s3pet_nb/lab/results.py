@@ -58,7 +58,7 @@ from .store import CONTROLS, Run, attempt, home, read_json, structure_kind, unre
 from .study import Question, Study
 
 # %% ../../nbs/lab/08_results.ipynb #results-007b
-COLUMNS = ("source", "task", "metric", "run_id", "budget", "n_params", "ratio", "validation", "test",
+COLUMNS = ("structure", "source", "task", "metric", "run_id", "budget", "n_params", "ratio", "validation", "test",
            "seconds", "learned_nothing")
 _TAKEN = {*COLUMNS, "method", "label", "row", "seed", "seeds", "mean", "sd", "median", "low", "high", "other",
           "against", "pairs", "p", "ahead", "rank", "blocks", "block", "average", "runs", "search_seconds",
@@ -171,7 +171,7 @@ def _entries(question: Question, result: dict) -> Iterator[dict]:
         numbers = {name: row.get(name) for name in NUMBERS}
         known = numbers["n_params"] is not None and n_backbone
         yield {"method": question.method, "label": structure_kind(row["label"]),
-               "source": source, "task": row.get("task", source),
+               "structure": row["label"], "source": source, "task": row.get("task", source),
                "metric": row.get("metric", result.get("metric")), "run_id": question.id,
                "budget": result.get("budget"), **numbers,
                "ratio": numbers["n_params"] / n_backbone if known else None,

@@ -7,7 +7,7 @@ from s3pet_nb.lab import ground
 
 def scores(rows) -> pd.DataFrame:
     "Rows of label, seed, test and what else there is, as `results.scores` gives them."
-    frame = pd.DataFrame([{"method": "", "row": row["label"], "times": 1.0, "task": "t", "metric": "accuracy",
+    frame = pd.DataFrame([{"method": "", "row": row["label"], "structure": row["label"], "budget": 10, "times": 1.0, "task": "t", "metric": "accuracy",
                            "n_params": 10.0, "ratio": 0.1, "validation": 0.5} | row for row in rows])
     return frame[["method", "label" if "label" in frame else "row", "row", "times", "seed",
                   *(name for name in frame if name not in ("method", "label", "row", "times", "seed"))]]
@@ -48,11 +48,21 @@ def test_the_rule_of_admission(habit, verdict):
     assert frame.admitted.tolist() == [verdict] and frame["best habit"].tolist() == ["bitfit"]
 
 
-def test_a_collapse_is_ten_points_below_the_median_of_its_kind():
+def test_a_collapse_is_ten_points_below_the_median_of_its_structure():
     rows = [*HEAD, *over_seeds("bitfit", [0.8, 0.8, 0.8, 0.8, 0.69]),
             *over_seeds("random", [0.75, 0.71, 0.75, 0.75, 0.75])]
     frame = ground.admission(scores(rows))
     assert frame.collapsed.tolist() == [1] and frame.trainings.tolist() == [15]
+
+
+def test_structures_that_differ_are_no_collapse_and_seeds_are_told_from_structures():
+    rows = [*over_seeds("random", [0.8, 0.82, 0.84], structure="random-1"),
+            *over_seeds("random", [0.5, 0.52, 0.39], structure="random-2"),
+            *over_seeds("random", [0.30, 0.32, 0.34], structure="random-2", budget=40)]
+    line = ground.steadiness(scores(rows)).iloc[0]
+    assert (line.structures, line.trainings, line.collapsed) == (3, 9, 1)
+    assert line["lowest"] == pytest.approx(32) and line["highest"] == pytest.approx(82)
+    assert line["fall"] == pytest.approx(11) and line["sd of seeds"] == pytest.approx(((4 + 49 + 4) / 3) ** 0.5)
 
 
 def test_a_searched_structure_and_full_fine_tuning_are_no_habits():

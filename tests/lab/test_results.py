@@ -141,7 +141,7 @@ def test_where_no_training_learned_the_papers_table_says_so(make, root):
 def test_scores_have_one_row_per_trained_structure(make, root):
     study = make(seeds=[0, 1])
     frame = answer(study, root, [{"searched": 0.5, "random-1": 0.4, "random-2": 0.3}, {"searched": 0.6}])
-    assert list(frame) == ["method", "label", "row", "seed", "source", "task", "metric", "run_id", "budget",
+    assert list(frame) == ["method", "label", "row", "seed", "structure", "source", "task", "metric", "run_id", "budget",
                            "n_params", "ratio", "validation", "test", "seconds", "learned_nothing"]
     assert frame.label.tolist() == frame.row.tolist() == ["searched", "random", "random", "searched"]
     assert frame.seed.tolist() == [0, 0, 0, 1] and frame.test.tolist() == [0.5, 0.4, 0.3, 0.6]
@@ -219,7 +219,7 @@ def test_what_the_grid_varies_is_a_column_as_it_was_asked_for(make, root):
     study = make(grid={"task": ["glue/cola"], "budget": [1e-4, 2e-4], "method": ["greedy", "exact"]},
                  methods={"a": {}, "b": {"grid": {"baselines": [["bitfit", "lora"]], "budget": [0.5]}}})
     frame = answer(study, root, searched([0.5] * 6))
-    assert list(frame)[2:8] == ["row", "budget", "params.method", "baselines", "seed", "source"]
+    assert list(frame)[2:9] == ["row", "budget", "params.method", "baselines", "seed", "structure", "source"]
     assert frame.budget.tolist() == [1e-4, 1e-4, 2e-4, 2e-4, 0.5, 0.5]
     assert frame["params.method"].tolist() == ["greedy", "exact"] * 3
     assert frame.baselines.tolist() == ["bitfit"] * 4 + ["bitfit, lora"] * 2

@@ -32,6 +32,7 @@
 - `s3pet_nb.learn.optim`: AdamW for many small weights: clipped, with a rate that falls, and stepped as one vector
 - `s3pet_nb.learn.protocol`: How long and at which rates a training goes, by name
 - `s3pet_nb.learn.prune`: Prune-search: train everything once, score every parameter on the way, keep what the budget pays for
+- `s3pet_nb.learn.sample`: Random structures: what a search has to beat, drawn in more than one way
 - `s3pet_nb.learn.search`: S3PET: which modules deserve the budget, learned by gradient
 - `s3pet_nb.learn.train`: Train a structure from new weights, and what it is compared with
 - `s3pet_nb.model.backbone`: Any Hugging Face model as named positions, from one table row per family

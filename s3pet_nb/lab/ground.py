@@ -131,5 +131,6 @@ def steadiness(
         rows.append({"task": task, "row": row, "structures": len(means), "trainings": len(part),
                      "mean": part.test.mean(), "sd of seeds": math.sqrt(own.var().mean()),
                      "lowest": means.min(), "highest": means.max(),
-                     "fall": (own.transform("median") - part.test).max(), "collapsed": int(part.fallen.sum())})
+                     "fall": (own.transform("median") - part.test).max(),
+                     "collapsed": int(part.fallen.sum())})
     return pd.DataFrame(rows)

@@ -58,8 +58,8 @@ from .store import CONTROLS, Run, attempt, home, read_json, structure_kind, unre
 from .study import Question, Study
 
 # %% ../../nbs/lab/08_results.ipynb #results-007b
-COLUMNS = ("structure", "source", "task", "metric", "run_id", "budget", "n_params", "ratio", "validation", "test",
-           "seconds", "learned_nothing")
+COLUMNS = ("structure", "source", "task", "metric", "run_id", "budget", "n_params", "ratio", "validation",
+           "test", "seconds", "learned_nothing")
 _TAKEN = {*COLUMNS, "method", "label", "row", "seed", "seeds", "mean", "sd", "median", "low", "high", "other",
           "against", "pairs", "p", "ahead", "rank", "blocks", "block", "average", "runs", "search_seconds",
           "retrain_seconds", "passes", "search_memory_mb", "retrain_memory_mb", "memory_ratio", "line",

@@ -54,14 +54,19 @@ def _low_rank(x: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
         return x @ y if b is None else b.addmm(x, y)
     return x * y if b is None else torch.addcmul(b, x, y)
 
+
+def _add_product(out: Tensor, x: Tensor, W: Tensor, on: bool) -> Tensor:
+    "`out += x W`, in place; multiplied by `narrow` if it is `on`."
+    with narrow(on):
+        return out.addmm_(x, W)
+
 # %% ../../nbs/model/04_fuse.ipynb #fuse-n00
 class LowRankLinear(torch.autograd.Function):
-    """Of each product that reads h: `h W + b + (h down^T) up^T`, (T, d_out).
+    """Of each product that reads h: `h W + b + (h down^T) up^T`, (T, d_out); `NarrowProducts` hold for h W.
 
     Takes act, x and h (T, d_in), then of each product W (d_in, d_out), which is frozen, b (d_out,) or None,
     down (r, d_in) and up (d_out, r). What is kept for the backward pass is x: h itself without an `act`, else
-    what h = act(x) is computed again from. It can be differentiated twice. Within `NarrowProducts` the wide
-    products, of W, are narrow.
+    what h = act(x) is computed again from. It can be differentiated twice.
     """
 
     @staticmethod
@@ -72,9 +77,8 @@ class LowRankLinear(torch.autograd.Function):
         reads = [u.contiguous() for u in reads.split([len(down) for down in downs], 1)]
         ctx.act, ctx.narrow = act, NarrowProducts.entered.get()
         ctx.save_for_backward(x, *weights, *downs, *ups, *reads)
-        outs = [_low_rank(u, up.t(), b) for b, u, up in zip(biases, reads, ups)]
-        with narrow(ctx.narrow):
-            return tuple(out.addmm_(h, W) for out, W in zip(outs, weights))
+        return tuple(_add_product(_low_rank(u, up.t(), b), h, W, ctx.narrow)
+                     for W, b, u, up in zip(weights, biases, reads, ups))
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -89,11 +93,9 @@ class LowRankLinear(torch.autograd.Function):
         to_h = _low_rank(joined, down) if ctx.needs_input_grad[2] else None
         to_downs = (joined.t() @ h).split([len(down) for down in downs])
         to_operands = []
-        if to_h is not None:
-            with narrow(ctx.narrow):
-                for g, W in zip(grads, weights):
-                    to_h.addmm_(g, W.t())
-        for k, (g, u) in enumerate(zip(grads, reads)):
+        for k, (g, W, u) in enumerate(zip(grads, weights, reads)):
+            if to_h is not None:
+                _add_product(to_h, g, W.t(), ctx.narrow)
             to_b = g.sum(0) if ctx.needs_input_grad[4 * k + 4] else None
             to_operands += [None, to_b, to_downs[k], g.t() @ u]
         return None, None, to_h, *to_operands

@@ -78,6 +78,15 @@ def of(cls: Structure,
     return _of_space(cls, space, [keep(candidate, p=prob) for candidate, prob, kept in candidates if kept],
                      **about)
 
+# %% ../../nbs/model/09_structure.ipynb #structure-mask-1
+@patch
+def mask(self: Structure, space: SearchSpace) -> Tensor:  # (N,) bool
+    "Which candidates of `space` it keeps, as `of` takes them; `ValueError` if it has a module that is none."
+    kept = {module.name for module in self.modules}
+    if strange := sorted(kept - {candidate.name for candidate in space.candidates}):
+        raise ValueError(f"{strange[0]} is no candidate of space {space.name!r}; give the structure's own")
+    return torch.tensor([candidate.name in kept for candidate in space.candidates])
+
 # %% ../../nbs/model/09_structure.ipynb #structure-n24
 def _part(candidate: Candidate, masks: Mapping[str, Tensor]) -> Candidate:
     "The part of a candidate that the masks keep; `ValueError` for a mask that is missing or does not fit."

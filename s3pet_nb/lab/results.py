@@ -31,11 +31,11 @@ What this module does not do: it runs nothing and draws nothing."""
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SEEDS', 'NUMBERS', 'DIGITS', 'CLUSTERS', 'MANY', 'DRAWS', 'BLOCKS', 'NOTHING', 'SUITE_NAMES', 'UNSTEADY',
-           'MEASURES', 'grid_columns', 'seed_columns', 'is_sound', 'runs_frame', 'progress_text', 'scores', 'learned',
-           'nothing_sentences', 'summary', 'with_lines', 'sweep_frame', 'clustered', 'holm', 'differences', 'p_text',
-           'difference_sentences', 'difference_table', 'ranks', 'rank_sentence', 'variance_parts', 'variance_shares',
-           'seed_sentence', 'share_table', 'averages', 'wide', 'best_of', 'transfer', 'cost', 'cost_table',
-           'gates_frame', 'heat_frames', 'save_tables', 'Outcome', 'run_scores']
+           'MEASURES', 'grid_columns', 'seed_columns', 'is_sound', 'runs_frame', 'progress_text', 'scores', 'grid_of',
+           'learned', 'nothing_sentences', 'summary', 'with_lines', 'sweep_frame', 'clustered', 'holm', 'differences',
+           'p_text', 'difference_sentences', 'difference_table', 'ranks', 'rank_sentence', 'variance_parts',
+           'variance_shares', 'seed_sentence', 'share_table', 'averages', 'wide', 'best_of', 'transfer', 'cost',
+           'cost_table', 'gates_frame', 'heat_frames', 'save_tables', 'Outcome', 'run_scores']
 
 # %% ../../nbs/lab/08_results.ipynb #results-003
 import html
@@ -164,6 +164,12 @@ def _source(question: Question, result: dict) -> str:
     return result.get("task", question.params.get("task", ""))
 
 
+def _own_name(label: str, params: Mapping) -> str:
+    "A name that two trainings of a study share if they are of one structure."
+    same = params.get("draw", -1) >= 0 or label == structure_kind(label) not in (SEARCHED, *CONTROLS)
+    return label if same else f"{label} of seed {params.get('seed')}"
+
+
 def _entries(question: Question, result: dict) -> Iterator[dict]:
     "One entry per trained structure of a run, without its row and its grid point."
     source, n_backbone = _source(question, result), result.get("n_backbone")
@@ -171,7 +177,8 @@ def _entries(question: Question, result: dict) -> Iterator[dict]:
         numbers = {name: row.get(name) for name in NUMBERS}
         known = numbers["n_params"] is not None and n_backbone
         yield {"method": question.method, "label": structure_kind(row["label"]),
-               "structure": row["label"], "source": source, "task": row.get("task", source),
+               "structure": _own_name(row["label"], question.params),
+               "source": source, "task": row.get("task", source),
                "metric": row.get("metric", result.get("metric")), "run_id": question.id,
                "budget": result.get("budget"), **numbers,
                "ratio": numbers["n_params"] / n_backbone if known else None,
@@ -204,7 +211,7 @@ def scores(
     return frame
 
 # %% ../../nbs/lab/08_results.ipynb #results-010c
-def _grid(frame: pd.DataFrame) -> list[str]:
+def grid_of(frame: pd.DataFrame) -> list[str]:
     "The grid's parameters: the columns of `scores` between row and seed."
     names = list(frame)
     return names[names.index("row") + 1:names.index("seed")]
@@ -219,7 +226,7 @@ def learned(
     """
     if "learned_nothing" not in frame or frame.learned_nothing.isna().all():
         return frame
-    keys = [frame[name] for name in ("row", *_grid(frame), "task")]
+    keys = [frame[name] for name in ("row", *grid_of(frame), "task")]
     return frame[~frame.learned_nothing.notna().groupby(keys, dropna=False).transform("any")]
 
 
@@ -259,7 +266,7 @@ DIGITS = 12  # of a score; what averages of equal scores differ by lies beyond
 
 def _per_seed(frame: pd.DataFrame, *more: str) -> pd.DataFrame:
     "One line per row, grid point, task and seed: what it scored and its size, the mean of several of a kind."
-    keys = ["row", *_grid(frame), *more, "task", *_seeds(frame)]
+    keys = ["row", *grid_of(frame), *more, "task", *_seeds(frame)]
     means = _groups(learned(frame), keys)[["test", "n_params", "ratio"]].mean().reset_index()
     return means.round({"test": DIGITS}).dropna(subset="test")
 
@@ -287,7 +294,7 @@ def summary(
 ) -> pd.DataFrame:  # row, the grid's parameters, task, n_params, ratio, seeds, mean, sd, median, low, high
     "The test score of each row over the seeds; low and high are the 95 % t interval of the mean."
     columns = ["n_params", "ratio", "seeds", "mean", "sd", "median", "low", "high"]
-    return _per_group(_per_seed(frame), ["row", *_grid(frame), "task"], _spread, columns)
+    return _per_group(_per_seed(frame), ["row", *grid_of(frame), "task"], _spread, columns)
 
 # %% ../../nbs/lab/08_results.ipynb #results-013c
 def _point_names(frame: pd.DataFrame) -> list[str]:
@@ -329,7 +336,7 @@ def _pairs(study: Study, frame: pd.DataFrame) -> pd.DataFrame:
     else:
         keys = ["method", "run_id", "task"]
         others = frame[frame.label == study.against]
-    line = ["row", *_grid(frame), "task", *_seeds(frame)]
+    line = ["row", *grid_of(frame), "task", *_seeds(frame)]
     ours = _groups(searched, dict.fromkeys([*line, *keys])).test.mean().reset_index()
     theirs = _groups(others, keys).test.mean().rename("other").reset_index()
     both = ours.merge(theirs, on=keys).dropna(subset=["test", "other"])
@@ -417,7 +424,7 @@ def differences(
     `equal` counts tasks that are left out there, as all their scores are equal.
     """
     columns = ["tasks", "equal", "pairs", "unit", "mean", "low", "high", "p", "holm", "ahead"]
-    table = _lines(_pairs(study, frame), ["row", *_grid(frame)], columns)
+    table = _lines(_pairs(study, frame), ["row", *grid_of(frame)], columns)
     table["holm"] = table.groupby("task").p.transform(holm) if len(table) else table.p
     table.insert(1, "against", study.against)
     return table
@@ -481,7 +488,7 @@ def ranks(
 ) -> pd.DataFrame:  # row, rank, low, high, tasks, blocks
     "Mean rank of each row, 1 the best, over tasks, within each over seed and grid point; attrs: p or None."
     per_seed = _per_seed(frame)
-    per_seed["block"] = _groups(per_seed, [*_grid(frame), "task", *_seeds(frame)]).ngroup()
+    per_seed["block"] = _groups(per_seed, [*grid_of(frame), "task", *_seeds(frame)]).ngroup()
     blocks = per_seed.pivot(index="block", columns="row", values="test")[per_seed.row.unique()].dropna()
     within = blocks.rank(axis=1, ascending=False)
     task = per_seed.drop_duplicates("block").set_index("block").task.reindex(within.index)
@@ -530,7 +537,8 @@ def variance_shares(
         shares = {name: value / whole if whole else np.nan for name, value in parts.items()}
         return {"runs": len(part), "sd": whole ** 0.5 if parts else np.nan, **shares}
 
-    return _per_group(_per_seed(frame), ["row", *_grid(frame), "task"], about, ["runs", "sd", *names, "rest"])
+    columns = ["runs", "sd", *names, "rest"]
+    return _per_group(_per_seed(frame), ["row", *grid_of(frame), "task"], about, columns)
 
 # %% ../../nbs/lab/08_results.ipynb #results-seeds-3
 def seed_sentence(
@@ -618,7 +626,7 @@ def wide(
     frame: pd.DataFrame,  # of `scores`
 ) -> pd.DataFrame:  # row, the grid's parameters, size, a column per task, `averages`, mean rank over several
     "The table of the papers, as text: a line per row and grid point, a column per task."
-    frame, keys = frame.dropna(subset="test"), ["row", *_grid(frame)]
+    frame, keys = frame.dropna(subset="test"), ["row", *grid_of(frame)]
     tasks = list(frame.task.unique())
     size, over = "ratio, 1e-4" if frame.ratio.notna().any() else "parameters", averages(tasks)
     parts = list(_groups(frame, keys))
@@ -649,7 +657,7 @@ def transfer(
     "Mean test score over the seeds, source tasks down, target tasks across."
     moved = (frame.source != frame.task).groupby(frame.row).transform("any") & (frame.label == SEARCHED)
     per_seed = _per_seed(frame.assign(source=frame.source.where(moved, "")), "source")
-    return _per_group(per_seed, ["row", *_grid(frame), "source"],
+    return _per_group(per_seed, ["row", *grid_of(frame), "source"],
                       lambda part: part.groupby("task").test.mean().to_dict(), per_seed.task.unique())
 
 # %% ../../nbs/lab/08_results.ipynb #results-029

@@ -56,11 +56,12 @@ class Compute:
         check_counts(accumulate=self.accumulate)
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
-        "Within it products are taken in this precision: by `torch.autocast`, on a CPU by `NarrowProducts`."
+        "Within it products are taken in this precision; on a CPU linear ones alone, if not compiled."
         dtype = PRECISIONS[self.precision]
         if dtype is None:
             return nullcontext()
-        return NarrowProducts() if device.type == "cpu" else torch.autocast(device.type, dtype)
+        narrow = device.type == "cpu" and not self.compile
+        return NarrowProducts() if narrow else torch.autocast(device.type, dtype)
 
     def compiled(self, model: nn.Module) -> Callable:
         "`model` as a training step calls it."

@@ -25,12 +25,11 @@ __all__ = ['FAMILIES', 'BERT_LINEAR', 'BERT_NORM', 'BERT_TINY', 'T5_ATTENTION', 
 import hashlib
 import importlib
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from threading import Lock
 from unittest import mock
 
 import torch
@@ -274,18 +273,26 @@ def head_parameters(model: transformers.PreTrainedModel) -> dict[str, nn.Paramet
             if not name.startswith(base_prefix(model))}
 
 # %% ../../nbs/model/00_backbone.ipynb #backbone-narrow-2
-@contextmanager
-def narrow(
-    on: bool = True,  # or all stays as it is
-) -> Iterator[None]:
-    "Within it every product of float32 matrices on a CPU is multiplied in bfloat16."
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "bf16" if on else before
-        yield
-    finally:
-        matmul.fp32_precision = before
+class narrow:
+    """Within it products of float32 matrices on a CPU are multiplied in bfloat16.
+
+    The first that enters changes how oneDNN multiplies, the last that leaves changes it back.
+    """
+
+    lock, inside, before = Lock(), 0, ""
+
+    def __enter__(self) -> None:
+        matmul = torch.backends.mkldnn.matmul
+        with narrow.lock:
+            if not narrow.inside:
+                narrow.before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+            narrow.inside += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with narrow.lock:
+            narrow.inside -= 1
+            if not narrow.inside:
+                torch.backends.mkldnn.matmul.fp32_precision = narrow.before
 
 # %% ../../nbs/model/00_backbone.ipynb #backbone-narrow-3
 class NarrowLinear(torch.autograd.Function):
@@ -295,7 +302,7 @@ class NarrowLinear(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W)
         with narrow():
-            return x @ W.t() if b is None else torch.addmm(b, x, W.t())
+            return x @ W.t() if b is None else b.addmm(x, W.t())
 
     @staticmethod
     def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -304,34 +311,47 @@ class NarrowLinear(torch.autograd.Function):
         return (NarrowLinear.apply(g, W.t(), None) if to_x else None,
                 NarrowLinear.apply(g.t(), x.t(), None) if to_W else None, g.sum(0) if to_b else None)
 
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out = NarrowLinear.apply(input.reshape(-1, input.shape[-1]), weight, bias)
+    return out.view(*input.shape[:-1], len(weight))
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor) -> Tensor:
+    return NarrowLinear.apply(mat1, mat2.t(), input)
+
 # %% ../../nbs/model/00_backbone.ipynb #backbone-narrow-4
 class NarrowProducts(TorchFunctionMode):
-    "Within it linear products are those of `NarrowLinear`, and so are their gradients, wherever computed."
+    """Within it linear products are those of `NarrowLinear`, and so are their gradients, wherever computed.
 
-    entered = ContextVar("entered", default=False)
+    These are `nn.Linear` and GPT-2's `Conv1D`; any other call of `torch.addmm` is as it was.
+    """
+
+    entered = 0  # how many are; more than one is no different
 
     def __enter__(self) -> "NarrowProducts":
-        self.before = self.entered.set(True)
+        NarrowProducts.entered += 1
         return super().__enter__()
 
     def __exit__(self, *raised: object) -> None:
+        NarrowProducts.entered -= 1
         super().__exit__(*raised)
-        self.entered.reset(self.before)
 
     def __torch_function__(self, function: object, types: object, args: tuple = (),
                            kwargs: dict | None = None) -> object:
+        kwargs = kwargs or {}
         if function is linear:
-            x, W, *b = args
-            return NarrowLinear.apply(x.reshape(-1, x.shape[-1]), W, *b or [None]).view(*x.shape[:-1], len(W))
-        if function is torch.addmm:  # of `Conv1D`
-            b, x, W = args
-            return NarrowLinear.apply(x, W.t(), b)
-        return function(*args, **(kwargs or {}))
+            return _linear(*args, **kwargs)
+        if function is torch.addmm and not kwargs and args[0].dim() == 1:
+            return _addmm(*args)
+        return function(*args, **kwargs)
 
 # %% ../../nbs/model/00_backbone.ipynb #backbone-035
-def _as_now() -> tuple[AbstractContextManager, AbstractContextManager]:
-    "What a layer is computed in, and computed again in: products as narrow as they are now."
-    return nullcontext(), NarrowProducts() if NarrowProducts.entered.get() else nullcontext()
+def _again(function: Callable, *args: object, **kwargs: object) -> object:
+    "A checkpoint of `function`, which is computed again with products as narrow as they are now."
+    if NarrowProducts.entered:
+        kwargs["context_fn"] = lambda: (nullcontext(), NarrowProducts())
+    return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
 @contextmanager
@@ -346,7 +366,7 @@ def checkpointing(model: transformers.PreTrainedModel) -> Iterator[None]:
         raise ValueError(f"{type(model).__name__} has no layer that can be checkpointed; leave it out")
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
     again = {"training": True, "gradient_checkpointing": True,
-             "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False, context_fn=_as_now)}
+             "_gradient_checkpointing_func": _again}
     with ExitStack() as undo:
         for part in layers:
             undo.enter_context(mock.patch.multiple(part, create=True, **again))

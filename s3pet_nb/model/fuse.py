@@ -51,13 +51,15 @@ from .pet import PETModule
 def _low_rank(x: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
     "`x y + b` for x (T, r) and y (r, d); with one column it is a product of numbers, and quicker as such."
     if x.shape[1] > 1:
-        return x @ y if b is None else b.addmm(x, y)
+        return x @ y if b is None else b.addmm(x, y)  # `NarrowProducts` takes torch.addmm
     return x * y if b is None else torch.addcmul(b, x, y)
 
 
 def _add_product(out: Tensor, x: Tensor, W: Tensor, on: bool) -> Tensor:
-    "`out += x W`, in place; multiplied by `narrow` if it is `on`."
-    with narrow(on):
+    "`out += x W`, in place; within `narrow` if that is `on`."
+    if not on:
+        return out.addmm_(x, W)
+    with narrow():
         return out.addmm_(x, W)
 
 # %% ../../nbs/model/04_fuse.ipynb #fuse-n00
@@ -75,7 +77,7 @@ class LowRankLinear(torch.autograd.Function):
         weights, biases, downs, ups = (operands[k::4] for k in range(4))
         reads = h @ (torch.cat(downs) if len(downs) > 1 else downs[0]).t()  # (T, sum of r)
         reads = [u.contiguous() for u in reads.split([len(down) for down in downs], 1)]
-        ctx.act, ctx.narrow = act, NarrowProducts.entered.get()
+        ctx.act, ctx.narrow = act, NarrowProducts.entered > 0
         ctx.save_for_backward(x, *weights, *downs, *ups, *reads)
         return tuple(_add_product(_low_rank(u, up.t(), b), h, W, ctx.narrow)
                      for W, b, u, up in zip(weights, biases, reads, ups))

@@ -58,7 +58,7 @@ def test_a_collapse_is_ten_points_below_the_median_of_its_structure():
 def test_structures_that_differ_are_no_collapse_and_seeds_are_told_from_structures():
     rows = [*over_seeds("random", [0.8, 0.82, 0.84], structure="random-1"),
             *over_seeds("random", [0.5, 0.52, 0.39], structure="random-2"),
-            *over_seeds("random", [0.30, 0.32, 0.34], structure="random-2", budget=40)]
+            *over_seeds("random", [0.30, 0.32, 0.34], structure="random-2", times=3.0)]
     line = ground.steadiness(scores(rows)).iloc[0]
     assert (line.structures, line.trainings, line.collapsed) == (3, 9, 1)
     assert line["lowest"] == pytest.approx(32) and line["highest"] == pytest.approx(82)

@@ -150,6 +150,12 @@ def test_scores_have_one_row_per_trained_structure(make, root):
     assert frame.run_id.unique().tolist() == [question.id for question in study.questions()]
 
 
+def test_a_structure_that_is_drawn_or_found_anew_for_each_seed_has_a_name_of_its_own(make, root):
+    frame = answer(make(seeds=[0, 1]), root, [{"searched": 0.5, "random-1": 0.4, "bitfit": 0.3}] * 2)
+    assert frame.structure.tolist() == ["searched of seed 0", "random-1 of seed 0", "bitfit",
+                                        "searched of seed 1", "random-1 of seed 1", "bitfit"]
+
+
 def test_only_finished_runs_of_this_study_count(make, root):
     study = make(seeds=[0, 1, 2])
     first, second, third = study.questions()

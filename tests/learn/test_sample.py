@@ -1,11 +1,13 @@
 "Random structures of every sample: within the budget, reproducible, and drawn from what they say."
+from collections import Counter
 from itertools import product
 from random import Random
 
 import pytest
 import torch
+from scipy.stats import chisquare
 
-from s3pet_nb.learn.sample import SAMPLES, count_sets, ranked_set, thirds
+from s3pet_nb.learn.sample import SAMPLES, count_sets, even_set, thirds
 from s3pet_nb.learn.train import kinds_of
 from s3pet_nb.model.backbone import tiny
 from s3pet_nb.model.space import make_space
@@ -15,15 +17,15 @@ B = SPACE.n_params // 10
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_ranks_number_all_sets_within_the_budget_once(seed):
+def test_all_sets_within_the_budget_are_drawn_as_often(seed):
     draw = Random(seed)
-    sizes = tuple(draw.choice([1, 1, 2, 3, 5]) for _ in range(9))
-    for budget in (1, sum(sizes) // 3, sum(sizes)):
-        n_sets = count_sets(sizes, budget)[-1][budget]
-        found = [tuple(ranked_set(sizes, budget, rank).tolist()) for rank in range(n_sets)]
-        wanted = {keep for keep in product([False, True], repeat=9)
-                  if sum(size for size, kept in zip(sizes, keep) if kept) <= budget}
-        assert len(found) == len(set(found)) and set(found) == wanted and not any(found[0])
+    sizes = torch.tensor([draw.choice([1, 1, 2, 3, 5]) for _ in range(6)])
+    for budget in (1, int(sizes.sum()) // 3, int(sizes.sum())):
+        wanted = [keep for keep in product([False, True], repeat=6)
+                  if int(sizes[torch.tensor(keep)].sum()) <= budget]
+        assert count_sets(tuple(Counter(sizes.tolist()).items()), budget)[-1][budget] == len(wanted)
+        found = Counter(tuple(even_set(sizes, budget, draw).tolist()) for _ in range(60 * len(wanted)))
+        assert set(found) == set(wanted) and chisquare([found[keep] for keep in wanted]).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -38,11 +40,13 @@ def test_a_sample_keeps_the_budget_and_is_its_seed_s_alone(name):
 
 
 def test_a_module_is_in_an_even_draw_as_often_as_in_all_sets():
-    sizes = SPACE.n.tolist()
+    sizes = Counter(SPACE.n.tolist())
     drawn = torch.stack([SAMPLES["uniform"](SPACE, B, seed).mask(SPACE) for seed in range(600)])
-    for i in (0, sizes.index(max(sizes))):
-        rest = tuple(sizes[:i] + sizes[i + 1:])
-        share = count_sets(rest, B)[-1][B - sizes[i]] / count_sets(tuple(sizes), B)[-1][B]
+    whole = count_sets(tuple(sizes.items()), B)[-1][B]
+    for i in (0, int(SPACE.n.argmax())):
+        size = int(SPACE.n[i])
+        rest = sizes - Counter([size])
+        share = count_sets(tuple(rest.items()), B)[-1][B - size] / whole
         found = drawn[:, i].double().mean().item()
         assert abs(found - share) < 4 * (share * (1 - share) / len(drawn)) ** 0.5 + 1e-9
 

@@ -144,7 +144,6 @@ def test_half_the_bits_give_nearly_the_same_gradient(tmp_path):
     plain, half = moments(tmp_path), moments(tmp_path, precision="bf16")
     for name in plain:
         assert plain[name].dtype == half[name].dtype
-        assert torch.equal(plain[name], half[name]) != torch.ops.mkldnn._is_mkldnn_bf16_supported()
         assert torch.cosine_similarity(plain[name], half[name], dim=0) > 0.98
 
 

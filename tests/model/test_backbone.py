@@ -61,7 +61,12 @@ def test_a_pass_may_begin_at_the_model_or_at_a_stack(family, paths):
     assert entries(model) == [model.get_submodule(path) for path in paths]
 
 
-ROUNDED = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # or products are as they were
+def rounded():
+    "Whether products on this processor are narrow, or as they were."
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    with narrow():
+        found = x @ x
+    return not torch.equal(found, x @ x)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -80,12 +85,12 @@ def test_gradients_are_products_of_rounded_numbers_too():
     with NarrowProducts():
         out = layer(x)
     out.backward(g)  # out of it
-    like = torch.bfloat16 if ROUNDED else torch.float32
+    like = torch.bfloat16 if rounded() else torch.float32
     g, seen, W = (numbers.detach().to(like).double() for numbers in (g, x, layer.weight))
     assert (x.grad - g @ W).abs().max() < 1e-4
     assert (layer.weight.grad - g.flatten(0, 1).t() @ seen.flatten(0, 1)).abs().max() < 1e-4
     plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    assert torch.equal(out, plain) != ROUNDED
+    assert torch.equal(out, plain) != rounded()
 
 
 def test_layers_computed_again_are_computed_as_narrow():
@@ -102,13 +107,44 @@ def test_layers_computed_again_are_computed_as_narrow():
         torch.testing.assert_close(slope(), kept, rtol=0, atol=0)
 
 
+def setting():
+    return torch.backends.mkldnn.matmul.fp32_precision
+
+
 def test_an_error_leaves_products_as_they_were():
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    before = setting()
     with pytest.raises(RuntimeError), NarrowProducts():
         torch.nn.Linear(3, 4)(torch.ones(2, 5))
-    with narrow(False):
-        assert torch.backends.mkldnn.matmul.fp32_precision == before
-    assert torch.backends.mkldnn.matmul.fp32_precision == before and not NarrowProducts.entered.get()
+    assert setting() == before and not NarrowProducts.entered
+
+
+def test_the_last_of_two_that_leaves_changes_products_back():
+    before, one, two = setting(), narrow(), narrow()
+    one.__enter__()
+    two.__enter__()
+    one.__exit__()
+    assert setting() == "bf16"
+    two.__exit__()
+    assert setting() == before
+    mode = NarrowProducts()
+    with mode, mode:
+        assert NarrowProducts.entered == 2
+    assert not NarrowProducts.entered
+
+
+def test_other_calls_of_the_same_products_are_what_they_say():
+    torch.manual_seed(0)
+    x, W, b, out = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5), torch.zeros(4, 5)
+    linear, wanted = torch.nn.functional.linear, torch.addmm(b, x, W.t())
+    with NarrowProducts():
+        for found in (linear(x, W, bias=b), linear(input=x, weight=W, bias=b), torch.addmm(b, x, W.t()),
+                      torch.addmm(b, x, W.t(), out=out), out, linear(x[0], W, b).expand(1, 5)):
+            torch.testing.assert_close(found, wanted[:len(found)], rtol=2e-2, atol=2e-2)
+        doubled = torch.addmm(b, x, W.t(), beta=0, alpha=2)
+        whole = torch.randn(4, 5, requires_grad=True)
+        torch.addmm(whole, x, W.t()).sum().backward()
+    torch.testing.assert_close(doubled, 2 * (x @ W.t()), rtol=2e-2, atol=2e-2)
+    assert whole.grad.shape == (4, 5)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["without-dropout", "with-dropout"])

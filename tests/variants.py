@@ -3,7 +3,7 @@ import torch
 import transformers
 from torch import nn
 
-from s3pet_nb.model.backbone import FAMILIES, tiny
+from s3pet_nb.model.backbone import FAMILIES, narrow, tiny
 from s3pet_nb.model.pet import PETModule
 from s3pet_nb.model.space import GatedModel
 
@@ -41,3 +41,11 @@ def zeros_beside(module: PETModule, masks: dict[str, torch.Tensor]) -> None:
         weight *= masks[name]
     for name, start in module.named_buffers():
         start *= masks[name.removesuffix("0")]  # what balanced LoRA subtracts is of the kept entries too
+
+
+def rounded():
+    "Whether products on this processor are narrow, or as they were."
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    with narrow():
+        found = x @ x
+    return not torch.equal(found, x @ x)

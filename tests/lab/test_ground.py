@@ -7,8 +7,8 @@ from s3pet_nb.lab import ground
 
 def scores(rows) -> pd.DataFrame:
     "Rows of label, seed, test and what else there is, as `results.scores` gives them."
-    frame = pd.DataFrame([{"method": "", "row": row["label"], "structure": row["label"], "budget": 10, "times": 1.0, "task": "t", "metric": "accuracy",
-                           "n_params": 10.0, "ratio": 0.1, "validation": 0.5} | row for row in rows])
+    frame = pd.DataFrame([{"method": "", "row": row["label"], "structure": row["label"], "budget": 10,
+                           "times": 1.0, "task": "t", "metric": "accuracy", "n_params": 10.0, "ratio": 0.1, "validation": 0.5} | row for row in rows])
     return frame[["method", "label" if "label" in frame else "row", "row", "times", "seed",
                   *(name for name in frame if name not in ("method", "label", "row", "times", "seed"))]]
 

@@ -141,9 +141,11 @@ def test_gradient_checkpointing_changes_nothing_but_rounding(tmp_path):
 
 
 def test_half_the_bits_give_nearly_the_same_gradient(tmp_path):
+    from variants import rounded  # not above: this file is also a script, which finds no neighbours
+
     plain, half = moments(tmp_path), moments(tmp_path, precision="bf16")
     for name in plain:
-        assert plain[name].dtype == half[name].dtype
+        assert plain[name].dtype == half[name].dtype and torch.equal(plain[name], half[name]) != rounded()
         assert torch.cosine_similarity(plain[name], half[name], dim=0) > 0.98
 
 

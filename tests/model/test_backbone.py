@@ -14,7 +14,7 @@ from s3pet_nb.model.backbone import (FAMILIES, PACKAGED, NarrowLinear, NarrowPro
                                      load_backbone, narrow, packaged_folder, positions, quiet, shape_of, tiny)
 from s3pet_nb.model.pet import PET_MODULES
 from s3pet_nb.model.space import ROLES, SPACES, Rule, attach, make_space
-from variants import HEAD, VARIANTS, fill, variant
+from variants import HEAD, VARIANTS, fill, rounded, variant
 
 
 def test_the_gated_t5_has_two_input_products():
@@ -59,14 +59,6 @@ def test_norms_that_only_some_models_of_a_family_have():
 def test_a_pass_may_begin_at_the_model_or_at_a_stack(family, paths):
     model = tiny(family, HEAD.get(family, "classify"))
     assert entries(model) == [model.get_submodule(path) for path in paths]
-
-
-def rounded():
-    "Whether products on this processor are narrow, or as they were."
-    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    with narrow():
-        found = x @ x
-    return not torch.equal(found, x @ x)
 
 
 @pytest.mark.parametrize("bias", [True, False])

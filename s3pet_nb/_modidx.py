@@ -1140,8 +1140,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             's3pet_nb.learn.sample': { 's3pet_nb.learn.sample._some': ('learn/sample.html#_some', 's3pet_nb/learn/sample.py'),
                                        's3pet_nb.learn.sample.count_sets': ('learn/sample.html#count_sets', 's3pet_nb/learn/sample.py'),
                                        's3pet_nb.learn.sample.even_set': ('learn/sample.html#even_set', 's3pet_nb/learn/sample.py'),
-                                       's3pet_nb.learn.sample.filled_structure': ( 'learn/sample.html#filled_structure',
-                                                                                   's3pet_nb/learn/sample.py'),
                                        's3pet_nb.learn.sample.stratified_structure': ( 'learn/sample.html#stratified_structure',
                                                                                        's3pet_nb/learn/sample.py'),
                                        's3pet_nb.learn.sample.thirds': ('learn/sample.html#thirds', 's3pet_nb/learn/sample.py'),

@@ -166,7 +166,8 @@ def _source(question: Question, result: dict) -> str:
 
 def _own_name(label: str, params: Mapping) -> str:
     "A name that two trainings of a study share if they are of one structure."
-    same = params.get("draw", -1) >= 0 or label == structure_kind(label) not in (SEARCHED, *CONTROLS)
+    drawn = label != structure_kind(label) or label in (SEARCHED, *CONTROLS) or label.endswith("-cut")
+    same = params.get("draw", -1) >= 0 or not drawn
     return label if same else f"{label} of seed {params.get('seed')}"
 
 

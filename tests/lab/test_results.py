@@ -141,8 +141,8 @@ def test_where_no_training_learned_the_papers_table_says_so(make, root):
 def test_scores_have_one_row_per_trained_structure(make, root):
     study = make(seeds=[0, 1])
     frame = answer(study, root, [{"searched": 0.5, "random-1": 0.4, "random-2": 0.3}, {"searched": 0.6}])
-    assert list(frame) == ["method", "label", "row", "seed", "structure", "source", "task", "metric", "run_id", "budget",
-                           "n_params", "ratio", "validation", "test", "seconds", "learned_nothing"]
+    assert list(frame) == ["method", "label", "row", "seed", "structure", "source", "task", "metric", "run_id",
+                           "budget", "n_params", "ratio", "validation", "test", "seconds", "learned_nothing"]
     assert frame.label.tolist() == frame.row.tolist() == ["searched", "random", "random", "searched"]
     assert frame.seed.tolist() == [0, 0, 0, 1] and frame.test.tolist() == [0.5, 0.4, 0.3, 0.6]
     assert (frame.ratio == 2e-4).all() and (frame.method == "").all() and (frame.source == "glue/cola").all()
@@ -151,9 +151,10 @@ def test_scores_have_one_row_per_trained_structure(make, root):
 
 
 def test_a_structure_that_is_drawn_or_found_anew_for_each_seed_has_a_name_of_its_own(make, root):
-    frame = answer(make(seeds=[0, 1]), root, [{"searched": 0.5, "random-1": 0.4, "bitfit": 0.3}] * 2)
-    assert frame.structure.tolist() == ["searched of seed 0", "random-1 of seed 0", "bitfit",
-                                        "searched of seed 1", "random-1 of seed 1", "bitfit"]
+    frame = answer(make(seeds=[0, 1]), root, [{"searched": 0.5, "bitfit-cut": 0.4, "random-1": 0.4, "bitfit": 0.3}] * 2)
+    assert frame.structure.tolist() == [
+        name for seed in (0, 1) for name in (f"searched of seed {seed}", f"bitfit-cut of seed {seed}",
+                                             f"random-1 of seed {seed}", "bitfit")]
 
 
 def test_only_finished_runs_of_this_study_count(make, root):

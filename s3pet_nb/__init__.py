@@ -9,11 +9,13 @@
 - `s3pet_nb.data.rows`: Rows of text: read from files or the hub, checked, compared and split
 - `s3pet_nb.data.setup`: A task, a backbone that is asked it, and the loaders between them, in one line
 - `s3pet_nb.data.task`: GLUE, SuperGLUE, the project's own agreement task, or rows of yours: splits, labels, metrics
+- `s3pet_nb.lab.analysis`: What a table of trained structures tells
 - `s3pet_nb.lab.checks`: What a template refuses before a kernel starts
 - `s3pet_nb.lab.example`: A small finished run, made of plain numbers, to try figures and pages on
 - `s3pet_nb.lab.experiment`: What the templates share: a task and its backbone, structures to compare with, and how a run was run
 - `s3pet_nb.lab.explore`: Finished runs side by side: one search under any budget, structures compared, averages and sweeps
 - `s3pet_nb.lab.ground`: At which rates each kind of module learns, and on which tasks structures can differ
+- `s3pet_nb.lab.judge`: How good a way to search is, by a table of structures that were all trained
 - `s3pet_nb.lab.live`: A run that is watched while it goes on, and steered
 - `s3pet_nb.lab.log`: A log that grows: what it has said since the last look, kept small
 - `s3pet_nb.lab.page`: A page of a run, a page of a study, and an index of all: each draws without a network
@@ -25,6 +27,7 @@
 - `s3pet_nb.lab.share`: A trained structure as two small files: save, load, push to the hub and bring back
 - `s3pet_nb.lab.store`: The run folder: what was asked, what happened, what was found
 - `s3pet_nb.lab.study`: What is asked: templates with parameters, and studies, which are grids of them
+- `s3pet_nb.lab.table`: Structures that were all trained, as one file that anybody can read
 - `s3pet_nb.lab.track`: The numbers of a run, also in MLflow or Weights & Biases
 - `s3pet_nb.learn.bilevel`: The gradient of the structural parameters through one step of the modules they gate
 - `s3pet_nb.learn.compute`: How a pass is run, where, and what it costs

@@ -31,11 +31,11 @@ What this module does not do: it runs nothing and draws nothing."""
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SEEDS', 'NUMBERS', 'DIGITS', 'CLUSTERS', 'MANY', 'DRAWS', 'BLOCKS', 'NOTHING', 'SUITE_NAMES', 'UNSTEADY',
-           'MEASURES', 'grid_columns', 'seed_columns', 'is_sound', 'runs_frame', 'progress_text', 'scores', 'grid_of',
-           'learned', 'nothing_sentences', 'summary', 'with_lines', 'sweep_frame', 'clustered', 'holm', 'differences',
-           'p_text', 'difference_sentences', 'difference_table', 'ranks', 'rank_sentence', 'variance_parts',
-           'variance_shares', 'seed_sentence', 'share_table', 'averages', 'wide', 'best_of', 'transfer', 'cost',
-           'cost_table', 'gates_frame', 'heat_frames', 'save_tables', 'Outcome', 'run_scores']
+           'MEASURES', 'grid_columns', 'seed_columns', 'is_sound', 'runs_frame', 'progress_text', 'answers', 'scores',
+           'grid_of', 'learned', 'nothing_sentences', 'summary', 'with_lines', 'sweep_frame', 'clustered', 'holm',
+           'differences', 'p_text', 'difference_sentences', 'difference_table', 'ranks', 'rank_sentence',
+           'variance_parts', 'variance_shares', 'seed_sentence', 'share_table', 'averages', 'wide', 'best_of',
+           'transfer', 'cost', 'cost_table', 'gates_frame', 'heat_frames', 'save_tables', 'Outcome', 'run_scores']
 
 # %% ../../nbs/lab/08_results.ipynb #results-003
 import html
@@ -150,7 +150,10 @@ def progress_text(frame: pd.DataFrame) -> str:  # frame of `runs_frame`
     return f"{done:,} of {len(frame):,} runs are done, {others}; {means}."
 
 # %% ../../nbs/lab/08_results.ipynb #results-008
-def _answers(study: Study, root: str | os.PathLike) -> list[tuple[Question, Run, dict]]:
+def answers(
+    study: Study,
+    root: str | os.PathLike = "reports",  # folder of all studies
+) -> list[tuple[Question, Run, dict]]:
     "Every question of the study whose run is done, with that run and its result."
     folder = home(root, study)
     runs = [(question, Run(folder / question.id)) for question in study.questions()
@@ -200,15 +203,15 @@ def scores(
     root: str | os.PathLike = "reports",  # folder of all studies
 ) -> pd.DataFrame:  # method, label, row, the grid's parameters, seed and `COLUMNS`
     "One row per trained structure of the runs that are done; attrs: the study's name, runs done and asked."
-    columns, seeds, answers = grid_columns(study), seed_columns(study), _answers(study, root)
+    columns, seeds, done = grid_columns(study), seed_columns(study), answers(study, root)
     entries = [entry | _point(question, columns) | _seeds_of(question, seeds)
-               for question, _, result in answers for entry in _entries(question, result)]
+               for question, _, result in done for entry in _entries(question, result)]
     names = ["method", "label", *columns.values(), "seed", *seeds, *COLUMNS]
     frame = pd.DataFrame(entries, columns=list(dict.fromkeys(names)))
     frame.insert(2, "row", _row_names(study, frame))
     frame = frame.astype(dict.fromkeys([*NUMBERS, "ratio"], float))
-    done, asked = {run.id for _, run, _ in answers}, {question.id for question in study.questions()}
-    frame.attrs = {"study": study.name, "done": len(done), "asked": len(asked)}
+    answered, asked = {run.id for _, run, _ in done}, {question.id for question in study.questions()}
+    frame.attrs = {"study": study.name, "done": len(answered), "asked": len(asked)}
     return frame
 
 # %% ../../nbs/lab/08_results.ipynb #results-010c
@@ -693,7 +696,7 @@ def cost(
 ) -> pd.DataFrame:  # row, the grid's parameters, task, runs, search_seconds, retrain_seconds, ratio, …
     "What searching took beside re-training, of each method, grid point and task: time, passes, memory in MB."
     columns, names = grid_columns(study), [name for name in MEASURES if "ratio" not in name]
-    spent = [_spent(*answer) | _point(answer[0], columns) for answer in _answers(study, root)]
+    spent = [_spent(*answer) | _point(answer[0], columns) for answer in answers(study, root)]
     keys = ["row", *columns.values(), "task"]
     runs = pd.DataFrame(spent, columns=[*keys, *names]).astype(dict.fromkeys(names, float))
     groups = _groups(runs.dropna(subset="search_seconds"), keys)

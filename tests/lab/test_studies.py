@@ -33,6 +33,7 @@ ALL = {  # name: runs, tasks, seeds, methods, budgets
     "calibrate": (135, 3, 3, ["modules", "head", "A"], [0.0]),
     "admit": (95, 9, 5, ["habits", "5 %", "20 %"], [0.0]),
     "reference": (15, 5, 3, [""], [0.0]),
+    "table": (168, 3, 2, ["uniform", "stratified", "uniform, 20 %", "stratified, 20 %"], [0.0]),
     "s3pet-table-2": (168, 14, 4, SEARCHED, [25670, 102458]),
     "s3pet-figure-2": (336, 3, 8, SEARCHED[:2], SWEEP),
     "s3pet-table-3": (28, 7, 4, ["transfer", "no transfer"], [102458]),

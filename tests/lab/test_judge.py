@@ -1,0 +1,118 @@
+"Judging a method by a table: against brute force, and on tables whose answer is known."
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from s3pet_nb.core import UnknownName
+from s3pet_nb.lab import judge
+from s3pet_nb.lab.analysis import components
+from s3pet_nb.lab.table import made_up
+
+
+def varied(candidates):
+    return 0.02 * np.random.default_rng(7).normal(size=len(candidates))
+
+
+@pytest.fixture(scope="module")
+def known():
+    return made_up(varied, 0.02)
+
+
+@pytest.mark.parametrize("validation", [[3, 1, 5, 2, 4], [1, 1, 2, 2, 2]], ids=["apart", "ties"])
+def test_best_of_k_is_the_mean_over_all_choices_of_k(validation):
+    validation, test = np.array(validation, dtype=float), np.array([0.1, 0.5, 0.4, 0.9, 0.3])
+    for k in range(1, 6):
+        reached = [test[list(some)][validation[list(some)] == validation[list(some)].max()].mean()
+                   for some in combinations(range(5), k)]
+        assert judge.best_of(validation[:, None], test[:, None])[k - 1] == pytest.approx(np.mean(reached))
+
+
+def test_best_of_k_is_the_mean_over_seeds_and_its_weights_are_probabilities():
+    rng = np.random.default_rng(0)
+    validation, test = rng.normal(size=(300, 2)), rng.normal(size=(300, 2))
+    apart = [judge.best_of(validation[:, [seed]], test[:, [seed]]) for seed in (0, 1)]
+    assert np.allclose(judge.best_of(validation, test), np.mean(apart, axis=0))
+    assert np.allclose(judge.kept(300).sum(axis=1), 1)
+
+
+def test_worth_is_the_inverse_of_best_of_k():
+    curve = np.array([1.0, 2.0, 1.5, 3.0])
+    assert [judge.worth(score, curve) for score in (0.0, 1.0, 1.5, 2.0, 2.5, 3.0)] == [1, 1, 1.5, 2, 3.5, 4]
+    assert judge.worth(3.1, curve) == float("inf")
+
+
+def test_the_best_tenth_is_scored_by_a_seed_that_did_not_choose_it():
+    noise = np.random.default_rng(0).normal(size=(1_000, 2))
+    assert abs(judge.top_tenth(noise)) < 0.3, "luck does not count"
+    assert judge.top_tenth(np.repeat(np.arange(20.0)[:, None], 2, axis=1)) == 18.5
+
+
+def test_residuals_have_the_noise_of_a_training(known):
+    values = known.scores.to_numpy()
+    assert np.var(judge.residuals(values)) == pytest.approx(components(values)[2])
+
+
+def test_scores_that_know_the_truth_reach_the_ceiling_and_noise_reaches_nothing(known):
+    truth = varied(known.candidates)
+    told = judge.judge(known, truth).set_index("number")
+    assert told.low["ceiling of tau"] < told.estimate["tau"] < told.high["ceiling of tau"]
+    assert judge.judge(known, -truth).estimate[0] == -told.estimate["tau"]
+    guess = judge.judge(known, np.random.default_rng(3).normal(size=len(truth))).set_index("number")
+    assert abs(guess.estimate["tau"]) < told.low["tau"]
+    tau, ceiling = judge.value_tau(truth, known)
+    assert 0.6 < tau < ceiling + 0.15
+
+
+def test_a_set_is_placed_among_the_random_ones(known):
+    values = known.scores.to_numpy()
+    told = judge.judge(known, trained=dict(known.scores.median())).set_index("number")
+    assert 40 < told.estimate["percentile"] < 60 and told.estimate["worth"] < 3
+    assert told.estimate["regret"] == pytest.approx(judge.top_tenth(values) - known.scores.median().mean())
+    best = judge.judge(known, trained=dict(known.scores.max() + 1)).set_index("number")
+    assert best.estimate["percentile"] == 100 and best.high["regret"] < 0
+    assert best.estimate["worth"] == best.low["worth"] == best.high["worth"] == np.inf
+    assert (told.low <= told.estimate).all() and (told.estimate <= told.high).all()
+
+
+def test_an_interval_holds_the_noise_of_the_trainings_of_the_chosen_set(known):
+    told = judge.judge(known, trained=dict(known.scores.mean())).set_index("number")
+    width = told.high["regret"] - told.low["regret"]
+    assert width > 2 * 1.96 * 0.8 * 0.02 / 2 ** 0.5
+
+
+def test_intervals_of_regret_hold_the_truth():
+    "The truth is the mean of what the best tenth by one training is worth, on very many sets."
+    many = made_up(varied, 0.02, K=20_000, draw=99)
+    worth, inside = many.sets @ varied(many.candidates), 0
+    true = judge.top_tenth(many.scores.to_numpy()) - many.scores.to_numpy().mean()
+    for draw in range(20):
+        table = made_up(varied, 0.02, K=96, draw=draw)
+        shift = table.scores.mean() - (table.sets @ varied(table.candidates)).mean()  # of the seeds
+        noise = 0.02 * np.random.default_rng(draw).normal(size=2)
+        told = judge.judge(table, trained=dict(worth.mean() + shift + noise)).set_index("number")
+        inside += told.low["regret"] <= true <= told.high["regret"]
+    assert inside >= 16
+
+
+def test_random_sets_are_those_of_one_sample(known):
+    half = known.frame.assign(sample=np.where(known.frame.number < 100, "uniform", "stratified"))
+    mixed = replace(known, frame=half)
+    alone = replace(known, frame=known.frame[known.frame.number < 100])
+    truth = varied(known.candidates)
+    pd.testing.assert_frame_equal(judge.judge(mixed, truth), judge.judge(alone, truth))
+    with pytest.raises(UnknownName, match="unknown sample of the table 'filled'"):
+        judge.judge(mixed, truth, sample="filled")
+
+
+@pytest.mark.parametrize("asked, refused", [
+    ({}, "nothing to judge"),
+    ({"scores": [1.0, 2.0]}, "the table has 36 candidates: give a number for each"),
+    ({"scores": [float("nan")] * 36}, "36 of them not finite"),
+    ({"trained": {0: 0.5}}, r"from the seeds \[0\], and those of the table are \[0, 1\]; train it from the same"),
+])
+def test_what_cannot_be_judged_is_refused(known, asked, refused):
+    with pytest.raises(ValueError, match=refused):
+        judge.judge(known, **asked)

@@ -33,6 +33,7 @@
 - `s3pet_nb.learn.compute`: How a pass is run, where, and what it costs
 - `s3pet_nb.learn.learner`: One training loop for searching and for training; what watches it, and what brings it back
 - `s3pet_nb.learn.optim`: AdamW for many small weights: clipped, with a rate that falls, and stepped as one vector
+- `s3pet_nb.learn.probe`: Which modules deserve the budget, from a few batches
 - `s3pet_nb.learn.protocol`: How long and at which rates a training goes, by name
 - `s3pet_nb.learn.prune`: Prune-search: train everything once, score every parameter on the way, keep what the budget pays for
 - `s3pet_nb.learn.sample`: Random structures: what a search has to beat, drawn in more than one way

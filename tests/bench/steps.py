@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import transformers
 from s3pet_nb.learn.compute import Compute
-from s3pet_nb.learn.prune import CRITERIA, ScoredStep
+from s3pet_nb.learn.prune import CRITERIA, Mean, ScoredStep
 from s3pet_nb.learn.search import SearchConfig, SearchStep, search
 from s3pet_nb.learn.train import TrainConfig, TrainStep
 from s3pet_nb.model.space import GatedModel, SearchSpace, attach, make_space
@@ -112,7 +112,7 @@ def at_work(name: str, bench: Bench) -> Iterator[Work]:
             if name == "sparse_pass":
                 yield partial(one_pass, gated, bench)
             elif name == "prune":
-                step = ScoredStep(gated, bench.train_config, CRITERIA["first-order"])
+                step = ScoredStep(gated, bench.train_config, Mean(CRITERIA["first-order"]))
                 yield lambda k: step([bench.batch(k)])
             else:
                 step = TrainStep(gated, gated.trainable(), gated.paces(), bench.train_config)

@@ -1,11 +1,17 @@
 "What a table tells, checked on tables whose answer is known."
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import kendalltau
 
 from s3pet_nb.core import UnknownName
 from s3pet_nb.lab import analysis
-from s3pet_nb.lab.table import made_up
+from s3pet_nb.lab.table import Table, candidates_of, made_up
+from s3pet_nb.learn.sample import SAMPLES
+from s3pet_nb.model.backbone import tiny
+from s3pet_nb.model.space import make_space
 
 
 def lora(candidates):
@@ -61,13 +67,14 @@ def test_the_ceiling_is_what_the_truth_reaches_and_above_one_training(seeds):
 
 
 def test_intervals_hold_what_was_put_in():
-    inside = []
+    many = made_up(varied, 0.0, K=5_000, draw=99)
+    sd, inside = many.means.std(), []
+    wanted = {"sd of structures": sd, "sd of a training": 0.04, "share of structure": sd ** 2 / (sd ** 2 + 0.04 ** 2)}
     for draw in range(10):
-        table = made_up(varied, 0.04, K=96, draw=draw)
-        told = analysis.spread(table).set_index("number")
-        inside.append(told.low["sd of a training"] <= 0.04 <= told.high["sd of a training"])
-    assert sum(inside) >= 8
-    assert (told.low <= told.estimate).all() and (told.estimate <= told.high).all()
+        told = analysis.spread(made_up(varied, 0.04, K=96, draw=draw)).set_index("number")
+        inside.append([told.low[name] <= value <= told.high[name] for name, value in wanted.items()])
+        assert (told.low <= told.estimate).all() and (told.estimate <= told.high).all()
+    assert (np.sum(inside, axis=0) >= 8).all()
 
 
 @pytest.mark.parametrize("table", [made_up(lora, 0.02, K=10), made_up(lora, 0.02, K=30, seeds=1)], ids=["sets", "seeds"])
@@ -103,13 +110,53 @@ def test_a_table_of_noise_is_explained_by_nothing():
 
 def test_effects_are_those_that_were_put_in(known):
     told = analysis.effects(known).set_index("class")
-    weight = analysis.spent(known, ("kind",)).mean()["kind"]
-    slopes = 100 * lora(known.candidates) / known.candidates.n * known.B / 10  # points for a tenth of the budget
-    worth = {"lora": slopes.max(), "bitfit": 0.0}
-    mean = sum(worth[kind] * weight[kind] for kind in worth) / weight.sum()
-    for kind in worth:
-        assert told.low[kind] <= worth[kind] - mean <= told.high[kind] and told.p[kind] < 1e-6
-    assert (told.p.drop(list(worth)) > 0.05).all() and (told.effect.drop(list(worth)).abs() < 0.3).all()
+    slope = (100 * lora(known.candidates) / known.candidates.n * known.B / 10).max()  # points for a tenth
+    assert told.low["lora"] <= slope <= told.high["lora"] and told.p["lora"] < 1e-6
+    assert told.effect["bitfit"] == pytest.approx(-told.effect["lora"]), "one question, asked twice"
+    others = told.drop(["lora", "bitfit"])
+    assert (others.p > 0.05).all() and (others.effect.abs() < 0.3).all()
+
+
+def only_where(table, keep):
+    "The table of the sets for which `keep`, of (K, N) bool, says so."
+    names = table.scores.index[keep(table.sets)]
+    return replace(table, frame=table.frame[table.frame["set"].isin(names)])
+
+
+def test_nothing_is_said_of_a_class_that_no_set_spends_on():
+    table = made_up(varied, 0.02, K=1_500)
+    lora_q = ((table.candidates.module == "lora") & (table.candidates.role == "q")).to_numpy()
+    told = analysis.effects(only_where(table, lambda sets: ~sets[:, lora_q].any(axis=1)))
+    assert "lora q" not in set(told["class"]) and {"lora v", "lora wo"} < set(told["class"])
+
+
+def test_a_space_of_one_kind_has_no_effect_of_kind():
+    table = made_up(varied, 0.02, K=2_000)
+    bitfit = (table.candidates.module == "bitfit").to_numpy()
+    frame = table.frame.copy()
+    cut = {packed: np.packbits(mask & ~bitfit).tobytes() for packed, mask in zip(table.scores.index, table.sets)}
+    told = analysis.effects(replace(table, frame=frame.assign(set=frame["set"].map(cut))))
+    assert set(told["of"]) == {"kind and role", "depth"}
+
+
+def test_intervals_of_effects_hold_what_was_put_in_a_space_that_is_shipped():
+    space = make_space(tiny("bert"), "mix")
+    candidates = pd.DataFrame(candidates_of(space))
+    slope, inside = {"lora": 3.0, "bitfit": 1.0, "lnfit": 1.0, "lowrank_adapter": 1.0}, []
+    B = round(0.2 * space.n_params)
+    for draw in range(12):
+        rng, rows = np.random.default_rng(draw), []
+        for k in range(120):
+            mask = SAMPLES["stratified"](space, B, 1_000 * draw + k).mask(space).numpy()
+            true = 0.1 * (mask * candidates.n / B * candidates.module.map(slope)).sum()
+            rows += [{"set": np.packbits(mask).tobytes(), "sample": "stratified", "number": k, "seed": seed,
+                      "validation": true, "test": true + 0.02 * rng.normal(), "learned": True} for seed in (0, 1)]
+        table = Table(pd.DataFrame(rows), {"budget": B, "candidates": candidates.to_dict("records")})
+        told = analysis.effects(table).set_index("class")
+        inside.append(told.low["lora"] <= 2.0 <= told.high["lora"])
+    assert sum(inside) >= 10
+    with pytest.raises(ValueError, match="sets are too few to tell"):
+        analysis.effects(replace(table, frame=table.frame[table.frame.number < 22]))
 
 
 @pytest.mark.parametrize("worth, best, others", [

@@ -27,21 +27,30 @@ def test_best_of_k_is_the_mean_over_all_choices_of_k(validation):
     for k in range(1, 6):
         reached = [test[list(some)][validation[list(some)] == validation[list(some)].max()].mean()
                    for some in combinations(range(5), k)]
-        assert judge.best_of(validation[:, None], test[:, None])[k - 1] == pytest.approx(np.mean(reached))
+        assert judge.best_random(validation[:, None], test[:, None])[k - 1] == pytest.approx(np.mean(reached))
 
 
 def test_best_of_k_is_the_mean_over_seeds_and_its_weights_are_probabilities():
     rng = np.random.default_rng(0)
     validation, test = rng.normal(size=(300, 2)), rng.normal(size=(300, 2))
-    apart = [judge.best_of(validation[:, [seed]], test[:, [seed]]) for seed in (0, 1)]
-    assert np.allclose(judge.best_of(validation, test), np.mean(apart, axis=0))
+    apart = [judge.best_random(validation[:, [seed]], test[:, [seed]]) for seed in (0, 1)]
+    assert np.allclose(judge.best_random(validation, test), np.mean(apart, axis=0))
     assert np.allclose(judge.kept(300).sum(axis=1), 1)
 
 
 def test_worth_is_the_inverse_of_best_of_k():
-    curve = np.array([1.0, 2.0, 1.5, 3.0])
-    assert [judge.worth(score, curve) for score in (0.0, 1.0, 1.5, 2.0, 2.5, 3.0)] == [1, 1, 1.5, 2, 3.5, 4]
-    assert judge.worth(3.1, curve) == float("inf")
+    curve = np.array([1.0, 2.0, 1.5, 3.0] + [3.5] * 16)
+    assert [judge.worth(score, curve) for score in (1.0, 1.5, 2.0, 2.5, 3.0)] == [1, 1.5, 2, 3.5, 4]
+    assert judge.worth(0.9, curve) == 0, "one random set is better"
+    assert judge.worth(3.6, curve) == float("inf")
+    rising = np.arange(20.0)
+    assert judge.worth(4.0, rising) == 5 and judge.worth(4.5, rising) == float("inf"), "not told above a quarter"
+
+
+def test_equal_scores_are_equal():
+    for level in (0.5, 0.91, 1.0):
+        curve = judge.best_random(np.random.default_rng(0).random((96, 2)), np.full((96, 2), level))
+        assert judge.worth(level, curve) == 1
 
 
 def test_the_best_tenth_is_scored_by_a_seed_that_did_not_choose_it():
@@ -62,8 +71,8 @@ def test_scores_that_know_the_truth_reach_the_ceiling_and_noise_reaches_nothing(
     assert judge.judge(known, -truth).estimate[0] == -told.estimate["tau"]
     guess = judge.judge(known, np.random.default_rng(3).normal(size=len(truth))).set_index("number")
     assert abs(guess.estimate["tau"]) < told.low["tau"]
-    tau, ceiling = judge.value_tau(truth, known)
-    assert 0.6 < tau < ceiling + 0.15
+    by_name = dict(reversed(list(zip(known.candidates.name, truth))))
+    pd.testing.assert_frame_equal(judge.judge(known, by_name), judge.judge(known, truth))
 
 
 def test_a_set_is_placed_among_the_random_ones(known):
@@ -71,9 +80,11 @@ def test_a_set_is_placed_among_the_random_ones(known):
     told = judge.judge(known, trained=dict(known.scores.median())).set_index("number")
     assert 40 < told.estimate["percentile"] < 60 and told.estimate["worth"] < 3
     assert told.estimate["regret"] == pytest.approx(judge.top_tenth(values) - known.scores.median().mean())
-    best = judge.judge(known, trained=dict(known.scores.max() + 1)).set_index("number")
+    best = judge.judge(known, trained=dict(known.scores.max() + 0.1)).set_index("number")
     assert best.estimate["percentile"] == 100 and best.high["regret"] < 0
     assert best.estimate["worth"] == best.low["worth"] == best.high["worth"] == np.inf
+    worst = judge.judge(known, trained=dict(known.scores.min())).set_index("number")
+    assert worst.estimate["worth"] == worst.high["worth"] == 0 and worst.estimate["percentile"] < 2
     assert (told.low <= told.estimate).all() and (told.estimate <= told.high).all()
 
 
@@ -111,6 +122,9 @@ def test_random_sets_are_those_of_one_sample(known):
     ({}, "nothing to judge"),
     ({"scores": [1.0, 2.0]}, "the table has 36 candidates: give a number for each"),
     ({"scores": [float("nan")] * 36}, "36 of them not finite"),
+    ({"scores": {"encoder.0.q.lora": 1.0}}, "35 candidates are either scored or in the table, and not both"),
+    ({"trained": {0: float("nan"), 1: 0.5}}, "give finite scores in the same unit"),
+    ({"trained": {0: 81.0, 1: 82.0}}, "not in percent"),
     ({"trained": {0: 0.5}}, r"from the seeds \[0\], and those of the table are \[0, 1\]; train it from the same"),
 ])
 def test_what_cannot_be_judged_is_refused(known, asked, refused):

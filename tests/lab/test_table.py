@@ -12,7 +12,7 @@ import pytest
 from s3pet_nb.core import UnknownName
 from s3pet_nb.lab import table as tables
 from s3pet_nb.lab.store import Run
-from s3pet_nb.lab.study import study
+from s3pet_nb.lab.study import parameters, study
 from s3pet_nb.lab.table import Table, gather, made_up
 from s3pet_nb.learn.sample import SAMPLES
 from s3pet_nb.model.space import pack
@@ -26,12 +26,15 @@ seeds: [0, 1]
 """
 
 
-def gathered(folder, grid="share: [0.05, 0.2]", draw=0):
-    "Tables of a study whose results are made up: the score of a set is its size, plus its seed."
+def gathered(folder, grid="share: [0.05, 0.2]", draw=0, change=lambda result, number: None):
+    """Tables of a study whose results are made up: the score of a set is its size, plus its seed.
+
+    `change` may change the result of each run, by its number.
+    """
     folder.joinpath("small.yml").write_text(ASKED.format(grid=grid, draw=draw))
     asked = study(str(folder / "small.yml"))
     space = tables.space_of(asked.questions()[0].params)
-    for question in asked.questions():
+    for k, question in enumerate(asked.questions()):
         B, numbers = round(question.params["share"] * space.n_params), question.params["first"] + np.arange(2)
         drawn = {f"random-{i}": SAMPLES["uniform"](space, B, int(i)) for i in numbers}
         rows = [{"label": label, "n_params": structure.n_params, "validation": 0.5, "steps": 3, "seconds": 1.0,
@@ -40,11 +43,14 @@ def gathered(folder, grid="share: [0.05, 0.2]", draw=0):
         rows.append(rows[0] | {"label": "bitfit", "n_params": 5, "test": 0.5})
         home = folder / "reports" / asked.name / question.id
         home.mkdir(parents=True)
-        Run(home).save_result({
-            "task": "agreement", "metric": "accuracy", "backbone": "minilm", "n_backbone": space.n_backbone,
-            "budget": B, "space": {"name": "mix", "n_params": space.n_params}, "versions": {"torch": "2"},
-            "rates": {"A": 0.02}, "data": {"rows": {"train": 32, "validation": 16, "test": 16}}, "rows": rows,
-            "sets": {label: pack(structure.mask(space)).hex() for label, structure in drawn.items()}})
+        result = {
+            "task": "agreement", "metric": "accuracy", "form": "head", "backbone": "minilm", "device": "cpu",
+            "n_backbone": space.n_backbone, "budget": B, "space": {"name": "mix", "n_params": space.n_params},
+            "versions": {"torch": "2"}, "rates": {"A": 0.02}, "stopped": [], "rows": rows,
+            "data": {"rows": {"train": 32, "validation": 16, "test": 16}},
+            "sets": {label: pack(structure.mask(space)).hex() for label, structure in drawn.items()}}
+        change(result, k)
+        Run(home).save_result(result)
     return space, gather(asked, folder / "reports")
 
 
@@ -69,7 +75,16 @@ def test_a_table_says_how_its_sets_were_trained(runs):
     told = runs[1]["agreement-5"].about["training"]
     assert told["recipe"] == "default" and told["head"] == "prior", "what the protocol gives"
     assert told["batch_size"] == 8 and told["draw"] == told["split_seed"] == 0 and told["dropout"] is False
-    assert not {"first", "seed", "data_dir", "lr", "budget"} & set(told)
+    assert told["warmup"] == 0.06 and told["max_length"] == 32 and told["take"] == "best"
+    assert not {"first", "seed", "data_dir", "lr", "budget", "device"} & set(told)
+
+
+def test_what_the_protocol_gives_depends_on_the_rate():
+    params = parameters("train") | {"max_length": 0, "batch_size": 0, "protocol": "s3pet", "task": "glue/rte"}
+    told = tables.trained_by(params)
+    assert told["recipe"] == "" and told["max_length"] > 0 and told["batch_size"] > 0 and told["clip"] == 2.0
+    told = tables.trained_by(params | {"protocol": "quick", "lr": 0.001})
+    assert told["recipe"] == "" and told["lr"] == 0.001
 
 
 @pytest.mark.parametrize("grid, draw, refused", [
@@ -81,6 +96,31 @@ def test_runs_that_make_no_table_are_refused(tmp_path, grid, draw, refused):
         gathered(tmp_path, grid, draw)
 
 
+def other(name, value):
+    "What makes the third run unlike the others."
+    return lambda result, k: result.update({name: value}) if k == 2 else None
+
+
+@pytest.mark.parametrize("change, refused", [
+    (other("device", "cuda:0"), "runs on 'agreement' differ in device: cpu and cuda:0"),
+    (other("versions", {"torch": "3"}), "differ in versions"),
+    (other("data", {"rows": {"train": 31}}), "differ in rows"),
+    (other("rates", {"A": 0.1}), "differ in rates"),
+    (lambda result, k: result["rows"][0].update(n_params=7), "the space has changed since; run the study again"),
+    (lambda result, k: result.update(sets={}), "no run of 'small' in .* is done .* run `s3pet study small` first"),
+    (lambda result, k: result.pop("sets"), "no run of 'small' in"),
+], ids=["device", "versions", "rows", "rates", "space", "none", "old"])
+def test_runs_that_do_not_belong_together_are_refused(tmp_path, change, refused):
+    with pytest.raises(ValueError, match=refused):
+        gathered(tmp_path, "share: [0.05]", change=change)
+
+
+def test_a_training_that_was_stopped_is_left_out(tmp_path):
+    stop = other("stopped", [{"phase": "random-1", "step": 2, "steps": 9}])
+    table = gathered(tmp_path, "share: [0.05]", change=stop)[1]["agreement-5"]
+    assert len(table.frame) == 7 and table.scores.shape == (3, 2) and "1 trainings are left out" in repr(table)
+
+
 def changed(table, **columns):
     "The table with another value in the first training."
     frame = table.frame.copy()
@@ -89,11 +129,26 @@ def changed(table, **columns):
     return replace(table, frame=frame)
 
 
-def test_a_set_counts_only_under_every_seed_and_if_it_learned(runs):
+def test_a_set_counts_only_under_every_seed(runs):
     table = runs[1]["agreement-5"]
     assert Table(table.frame.iloc[1:], table.about).scores.shape == (3, 2)
-    assert changed(table, learned=False).scores.shape == changed(table, learned=False).validation.shape == (3, 2)
-    assert len(changed(table, learned=False).frame) == 8, "it stays in the file"
+    for column in ("test", "validation"):
+        broken = changed(table, **{column: float("nan")})
+        assert broken.scores.shape == broken.validation.shape == (3, 2)
+        assert (broken.scores.index == broken.validation.index).all() and len(broken.sets) == 3
+
+
+def test_a_third_seed_that_has_begun_takes_no_set_away(runs):
+    table = runs[1]["agreement-5"]
+    begun = pd.concat([table.frame, table.frame.iloc[[0]].assign(seed=2)], ignore_index=True)
+    assert list(replace(table, frame=begun).scores) == [0, 1] and len(replace(table, frame=begun).scores) == 4
+    whole = pd.concat([table.frame, table.frame[table.frame.seed == 0].assign(seed=2)], ignore_index=True)
+    assert list(replace(table, frame=whole).scores) == [0, 1, 2]
+
+
+def test_a_training_that_learned_nothing_counts_and_is_said(runs):
+    table = changed(runs[1]["agreement-5"], learned=False)
+    assert table.unlearned == 1 and table.scores.shape == (4, 2) and "1 trainings learned nothing" in repr(table)
 
 
 def test_a_set_that_was_drawn_twice_counts_once(runs):
@@ -108,7 +163,7 @@ def test_a_set_that_was_drawn_twice_counts_once(runs):
 def test_pandas_and_pyarrow_alone_read_a_file_as_its_card_says(runs, tmp_path):
     table = runs[1]["agreement-5"]
     file = table.save(tmp_path / "table-agreement-5")
-    card = (file.parent / "README.md").read_text(encoding="utf-8")
+    card = (file.parent / "table.md").read_text(encoding="utf-8")
     code = card.split("```python\n")[1].split("```")[0]
     assert "s3pet_nb" not in code.replace('b"s3pet_nb"', "")
     block = "import sys; sys.modules['s3pet_nb'] = None\n" + code + "print(sets.sum(), N)\n"

@@ -66,6 +66,7 @@ ROOMS = {  # names that can be imported from here, and the module that each one 
     "learn.search": ("EarlyStop", "SearchConfig", "search"),
     "learn.train": ("BASELINES", "TrainConfig", "random_structure", "retrain"),
     "learn.prune": ("PruneConfig", "prune_search"),
+    "learn.probe": ("probe",),
     "lab.store": ("Run",),
     "lab.live": ("Monitor",),
     "lab.explore": ("Explorer",),

@@ -20,7 +20,7 @@ def test_a_public_name_is_that_of_its_module(name):
 @pytest.mark.parametrize("name", [
     "load_backbone", "tiny", "make_space", "attach", "resolve_budget", "expected_size", "solve_zeta",
     "shifted_sigmoid", "binary_concrete", "select", "Structure", "search", "SearchConfig", "prune_search",
-    "PruneConfig", "retrain", "BASELINES", "random_structure", "to_peft", "merge"])
+    "PruneConfig", "probe", "retrain", "BASELINES", "random_structure", "to_peft", "merge"])
 def test_the_promised_names_are_there(name):
     assert name in s3pet_nb.__all__ and name in dir(s3pet_nb)
 

@@ -134,9 +134,11 @@ def lr(self: Stepper) -> float | list[float]:
 # %% ../../nbs/learn/02_optim.ipynb #optim-paces-1
 def rates_of(config: LoopConfig, paces: Iterable[Pace]) -> list[float]:
     "The highest rate of each weight, as the numbers of a loop say."
-    return [config.rates[pace.kind] * pace.factor if pace.kind in config.rates else config.lr for pace in paces]
+    return [config.rates[pace.kind] * pace.factor if pace.kind in config.rates else config.lr
+            for pace in paces]
 
 
 def stepper_for(config: LoopConfig, weights: Iterable[nn.Parameter], paces: Iterable[Pace]) -> Stepper:
     "What steps these weights as the numbers of a loop say, each at its pace."
-    return Stepper(weights, rates_of(config, paces), config.clip, config.steps, round(config.warmup * config.steps))
+    n_warmup = round(config.warmup * config.steps)
+    return Stepper(weights, rates_of(config, paces), config.clip, config.steps, n_warmup)

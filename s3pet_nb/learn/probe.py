@@ -24,11 +24,11 @@ What this module does not do: it re-trains nothing, and it knows no task."""
 
 # %% auto #0
 __all__ = ['TINY', 'SCORES', 'SELECTIONS', 'Signal', 'gain', 'snr', 'Along', 'Allocation', 'Look', 'Probe', 'mean_ranks', 'Still',
-           'LogProbe', 'probe']
+           'LogProbe', 'phases', 'probe']
 
 # %% ../../nbs/learn/09_probe.ipynb #probe-003
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -45,7 +45,7 @@ from .prune import Moment, ScoredStep, Scorer, Units
 from .train import TrainConfig, TrainStep
 from ..model.budget import check_budget, resolve_budget
 from ..model.select import select
-from ..model.space import SearchSpace, attach, describe
+from ..model.space import GatedModel, SearchSpace, attach, describe
 from ..model.structure import Structure
 
 # %% ../../nbs/learn/09_probe.ipynb #probe-006
@@ -170,7 +170,7 @@ class Probe:
 @patch
 def structure(self: Probe,
               B: float | None = None,  # a ratio below 1 or a count; by default the probe's own budget
-              by: str = "density",  # falling score over size; or "value", falling score, or "exact", the best sum
+              by: str = "density",  # falling score over size; "value": falling score; "exact": best sum
               task: str | None = None,  # noted in the structure
               ) -> Structure:
     "The whole modules that are kept under B; `UnknownName` for another selection."
@@ -222,6 +222,23 @@ class LogProbe(Callback):
             learner.log("scores", budget=self.B, criterion=learner.take_step.scorer.name,
                         score=self.units.by_candidate(learner.take_step.scores).tolist())
 
+# %% ../../nbs/learn/09_probe.ipynb #probe-017b
+def phases(
+    gated: GatedModel,
+    when: str,  # as in `Look`
+    scorer: Scorer,
+    config: TrainConfig,
+    batches: int,  # that are looked at while nothing moves
+) -> Iterator[tuple[TrainStep, int, str]]:
+    "The phases of a probe: how a step is taken, how many there are, and the name."
+    if when == "along":
+        yield ScoredStep(gated, config, scorer), config.steps, "probe-train"
+        return
+    if when == "after":
+        train = TrainStep(gated, gated.trainable(), gated.paces(), config, gated.space.digest)
+        yield train, config.steps, "probe-train"
+    yield Still(gated, replace(config, steps=batches), scorer), batches, "probe"
+
 # %% ../../nbs/learn/09_probe.ipynb #probe-018
 def probe(
     model: transformers.PreTrainedModel,  # left as it was
@@ -246,19 +263,11 @@ def probe(
     B, units, look = resolve_budget(budget, space.n_backbone), Units.of(space, "unstructured"), SCORES[score]
     check_budget(B, space.n)
     scorer, groups, learners = look.make(), Groups(loader, config.compute.batches), []
-
-    def take(step: TrainStep, steps: int, label: str) -> None:
-        watch = [*callbacks, LogProbe(units, B, opens=not learners)]
-        learners.append(Learner(step, groups, steps, label, log, watch, checkpoint(label)))
-        learners[-1].fit()
-
     with attach(model, space, seed=config.seed) as gated, training(gated, model, config):
-        if look.when != "start":
-            gated.z = torch.full((len(space),), B / space.n_params)
-            training_step = (ScoredStep(gated, config, scorer) if look.when == "along" else
-                             TrainStep(gated, gated.trainable(), gated.paces(), config, space.digest))
-            take(training_step, config.steps, "probe-train")
-        if look.when != "along":
-            take(Still(gated, replace(config, steps=batches), scorer), batches, "probe")
+        gated.z = torch.full((len(space),), 1.0 if look.when == "start" else B / space.n_params)
+        for step, steps, label in phases(gated, look.when, scorer, config, batches):
+            watch = [*callbacks, LogProbe(units, B, opens=not learners)]
+            learners.append(Learner(step, groups, steps, label, log, watch, checkpoint(label)))
+            learners[-1].fit()
     passes, seconds = (sum(getattr(each, name) for each in learners) for name in ("step", "seconds"))
     return Probe(units, score, scorer.scores(), B, config.seed, passes, seconds)

@@ -90,7 +90,7 @@ CRITERIA = Registry("pruning criterion", {
 def entries(candidate: Candidate) -> tuple[dict[str, torch.Size], Tensor, Tensor]:
     "Shapes of its weights by name, the unit of each entry, counted from 0, and whether its score counts."
     if candidate.bits:
-        raise ValueError(f"{candidate.name} is a part of a module; prune a space of whole ones")
+        raise ValueError(f"{candidate.name} is a part of a module; take a space of whole ones")
     with torch.device("meta"):
         pet = candidate.whole()
     owners, shapes = pet.units(), {name: weight.shape for name, weight in pet.named_parameters()}
@@ -177,6 +177,7 @@ class Scorer(Stateful):
     "Sees moments of a training, or of a model that stands still, and scores each entry at the end."
 
     name: str
+    seen: int  # moments
 
     def see(self, at: Moment) -> Tensor:
         "Note a moment; returns what it says of each entry, (E,), so that it can be checked."
@@ -197,7 +198,8 @@ class Mean(Scorer):
 
     def see(self, at: Moment) -> Tensor:
         scores = self.criterion(at).detach().cpu()
-        self.total, self.seen = self.total + scores.double(), self.seen + 1
+        if scores.shape == at.theta.shape:  # others are refused by who asked
+            self.total, self.seen = self.total + scores.double(), self.seen + 1
         return scores
 
     def scores(self) -> Tensor:

@@ -43,7 +43,7 @@ def _greedy(p: np.ndarray, n: np.ndarray, B: int) -> np.ndarray:
 # %% ../../nbs/model/06_select.ipynb #select-n35
 def _exact(p: np.ndarray, n: np.ndarray, B: int) -> np.ndarray:
     greedy = _greedy(p, n, B)
-    unit, scale = np.gcd.reduce(n), p[greedy].sum() or 1.0  # the solver's tolerances are absolute
+    unit, scale = np.gcd.reduce(n), np.abs(p[greedy]).sum() or 1.0  # the solver's tolerances are absolute
     solved = milp(-p / scale, integrality=np.ones(len(p)), bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0},
                   constraints=LinearConstraint((n // unit)[None].astype(float), ub=B // unit))
     if not solved.success:

@@ -4,17 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from s3pet_nb.core import UnknownName
 from s3pet_nb.learn.compute import Compute
 from s3pet_nb.learn.learner import Callback, Checkpoint, Records
-from s3pet_nb.learn.probe import SCORES, SELECTIONS, mean_ranks, probe
+from s3pet_nb.learn.probe import SCORES, SELECTIONS, Along, Look, probe
 from s3pet_nb.learn.prune import Units, flat
 from s3pet_nb.learn.train import TrainConfig, TrainStep
 from s3pet_nb.model.backbone import FAMILIES, example_batch, tiny
 from s3pet_nb.model.budget import resolve_budget
 from s3pet_nb.model.pet import LoRA
 from s3pet_nb.model.space import attach, make_space
+from s3pet_nb.model.structure import Structure
 
 CONFIG = TrainConfig(30, 1e-2, clip=math.inf, dropout=False)
 RATES = {"A": 0.02, "B": 0.01, "vector": 0.002, "norm": 0.006, "adapter": 0.004}
@@ -73,7 +75,14 @@ def test_scores_at_the_start_are_those_of_stored_gradients(asked, watch):
     near(found["gain"].entries, unit_gain(grads))
     near(found["fisher"].entries, v)
     sd = (v - m.square()).clamp_min(0).sqrt()
-    near(found["snr"].entries[sd > 0], (m.abs() / sd)[sd > 0])
+    there = sd > 1e-4 * v.sqrt()
+    torch.testing.assert_close(found["snr"].entries[there], (m.abs() / sd)[there])
+
+
+def test_a_gradient_that_is_always_the_same_has_no_endless_signal(asked):
+    model, space, data = asked
+    found = probe(model, space, data[:1], budget=0.01, score="snr", batches=4, config=CONFIG, callbacks=())
+    assert 1 < found.entries.max() <= 1.01e6
 
 
 def test_gradients_at_the_start_are_the_models_own(asked, watch):
@@ -97,10 +106,12 @@ def test_a_gradient_of_nothing_scores_nothing(asked):
 
 def test_gain_along_is_that_of_moving_means_of_stored_gradients(asked, watch):
     found = ask(asked, "gain_along")
-    m, v, total = torch.zeros(asked[1].n_params), torch.zeros(asked[1].n_params), 0.0
-    for k, grad in enumerate(watch.grads):
-        m, v = 0.95 * m + 0.05 * grad, 0.95 * v + 0.05 * grad.square()
-        total = total + (unit_gain(None, m, v) if k >= 20 else 0.0)
+    total = 0.0
+    for k, grad in enumerate(watch.grads, start=1):
+        weights = torch.tensor([0.05 * 0.95 ** (k - i) for i in range(1, k + 1)]).double()
+        weights, seen = weights / weights.sum(), torch.stack(watch.grads[:k])
+        if k > 20:
+            total = total + unit_gain(None, weights @ seen, weights @ seen.square())
     assert len(watch.grads) == found.passes == 30
     near(found.entries, total)
 
@@ -123,10 +134,10 @@ def test_the_open_model_is_trained_with_what_a_structure_may_do(asked, monkeypat
     seen, gradients = [], TrainStep.gradients
     monkeypatch.setattr(TrainStep, "gradients",
                         lambda step, batches: seen.append(step.model.z.unique()) or gradients(step, batches))
-    ask(asked, "gain_after", batches=1)
+    ask(asked, "gain_after", batches=2)
     B, space = resolve_budget(0.01, asked[1].n_backbone), asked[1]
-    assert all(z.item() == pytest.approx(B / space.n_params) for z in seen) and len(seen) == 31
-    ask(asked, "gain", batches=1)
+    assert all(z.item() == pytest.approx(B / space.n_params) for z in seen) and len(seen) == 32
+    ask(asked, "gain", batches=2)
     assert seen[-1].item() == 1
 
 
@@ -149,10 +160,11 @@ def test_rates_of_a_recipe_weigh_the_gain_and_loras_scale_drops_out(asked, monke
     config = replace(CONFIG, rates=RATES)
     even, rated = ask(asked, "gain").entries, ask(asked, "gain", config=config).entries
     with attach(model, space) as gated:
-        paces = [(pace, weight.numel()) for pace, weight in zip(gated.paces().values(), gated.trainable().values())
-                 if pace.kind != "head"]
-    rate = torch.cat([torch.full((n,), RATES[pace.kind] * pace.factor) for pace, n in paces]).double()
-    near(rated, even / 1e-2 * rate, 1e-5)
+        paces, sizes = gated.paces(), {name: weight.numel() for name, weight in gated.trainable().items()}
+    parts = zip(Units.of(space, "unstructured").shapes, even.split(list(
+        sizes[name] for name in Units.of(space, "unstructured").shapes)), strict=True)
+    expected = torch.cat([part / 1e-2 * RATES[paces[name].kind] * paces[name].factor for name, part in parts])
+    torch.testing.assert_close(rated, expected, rtol=1e-5, atol=0)
     monkeypatch.setattr(LoRA.__init__, "__defaults__", (1, 2.0, "zero"))
     near(ask(asked, "gain", config=config).entries, rated, 1e-5)
 
@@ -189,6 +201,10 @@ def test_selections_are_those_of_their_names(asked):
     assert masks["density"][falling[0]] and masks["value"][found.score.argmax()]
     assert found.score[masks["exact"]].sum() >= max(found.score[masks[by]].sum() for by in ("density", "value"))
     assert found.structure(int(n.sum())).n_params == int(n.sum()) and len(found.structure(B=0.02)) > 0
+    worse = replace(found, entries=found.entries - found.entries.mean())
+    kept = {by: worse.structure(int(n.sum()), by=by).mask(asked[1]) for by in SELECTIONS}
+    assert (worse.score < 0).any() and kept["density"].all() and kept["value"].all(), "they fill the budget"
+    assert torch.equal(kept["exact"], worse.score > 0)
     with pytest.raises(UnknownName, match="density"):
         found.structure(by="densty")
 
@@ -222,7 +238,8 @@ class Kill(Callback):
             raise Killed
 
 
-@pytest.mark.parametrize("score, at", [("gain", 5), ("gain_along", 25), ("allocation", 7), ("gain_after", 33)])
+@pytest.mark.parametrize("score, at", [("gain", 5), ("gain_along", 25), ("allocation", 7),
+                                       ("gain_after", 11), ("gain_after", 30), ("gain_after", 33)])
 def test_a_probe_that_was_killed_goes_on_to_the_same_scores(asked, tmp_path, score, at):
     saved = lambda label: Checkpoint(tmp_path / f"{label}.pt", 2)
     whole = ask(asked, score)
@@ -241,17 +258,67 @@ def test_the_log_has_the_space_and_the_scores(asked):
     assert {record["phase"] for record in log if record["event"] == "step"} == {"probe-train", "probe"}
 
 
-def test_mean_ranks_are_between_those_of_each(asked):
-    one, other = ask(asked, "gain"), ask(asked, "fisher")
-    assert torch.equal(mean_ranks([one, one]), mean_ranks([one]))
-    assert mean_ranks([one])[(one.score / asked[1].n).argmax()] == len(asked[1])
-    both = mean_ranks([one, other])
-    torch.testing.assert_close(both, (mean_ranks([one]) + mean_ranks([other])) / 2)
+@pytest.mark.parametrize("score", SCORES)
+def test_what_was_found_is_saved_and_read_with_its_scores(asked, tmp_path, score):
+    found = ask(asked, score)
+    for by in SELECTIONS:
+        structure = found.structure(by=by)
+        structure.save(tmp_path / "structure.json")
+        again = Structure.load(tmp_path / "structure.json")
+        assert again.mask(asked[1]).equal(structure.mask(asked[1])) and again.n_params == structure.n_params
+        scores = dict(zip((c.name for c in asked[1].candidates), found.score.tolist()))
+        assert all(kept.score == pytest.approx(scores[kept.name]) and kept.p is None for kept in again.modules)
+
+
+def test_the_loader_is_found_where_it_was(asked):
+    model, space, _ = asked
+    rows = [{name: value[0] for name, value in example_batch(model, size=1, seed=seed).items()} for seed in range(24)]
+    loader = DataLoader(rows, 4, shuffle=True, generator=torch.Generator().manual_seed(0))
+    one, other = (probe(model, space, loader, budget=0.01, score="gain", batches=3, config=CONFIG, callbacks=())
+                  for _ in range(2))
+    assert torch.equal(one.entries, other.entries)
+
+
+class Stop(Callback):
+    "Stops each phase after so many steps, as a hand would."
+
+    def __init__(self, at):
+        self.at = at
+
+    def after_step(self, learner):
+        learner.stop = learner.step >= self.at
+
+
+def test_a_probe_that_was_stopped_says_so_or_is_refused(asked):
+    found = ask(asked, "gain", callbacks=[Stop(4)])
+    assert found.stopped and found.passes == 4 and "stopped by hand" in repr(found)
+    assert not ask(asked, "gain", batches=4).stopped
+    with pytest.raises(ValueError, match="stopped after 9 of its moments, and 'gain_along' needs at least 21"):
+        ask(asked, "gain_along", callbacks=[Stop(9)])
+
+
+@pytest.mark.parametrize("family, space", [("t5", "mix"), ("gpt2", "mix"), ("llama", "lora"), ("bert", "mam")])
+@pytest.mark.parametrize("score", ["gain", "gain_along"])
+def test_low_rank_modules_of_other_families_are_scored(family, space, score):
+    model = tiny(family)
+    space = make_space(model, space)
+    config = replace(CONFIG, steps=22, dropout=True, clip=1.0, compute=Compute(gradient_checkpointing=True))
+    found = probe(model, space, [example_batch(model, seed=seed) for seed in range(3)], budget=space.n_params // 4,
+                  score=score, batches=3, config=config, callbacks=())
+    lora = torch.tensor([c.module == "lora" for c in space.candidates])
+    assert (found.score[lora] > 0).any() and 0 < found.structure().n_params <= space.n_params // 4
+
+
+def test_moments_that_there_are_not_are_refused():
+    with pytest.raises(UnknownName, match="moments of a score 'during'"):
+        Look(Along, "during")
 
 
 @pytest.mark.parametrize("given, refused", [
     ({"score": "gains"}, "did you mean 'gain'"),
-    ({"score": "gain", "batches": 0}, "batches is 0"),
+    ({"score": "gain", "batches": 1}, "batches is 1, and 'gain' needs at least 2; give as many"),
+    ({"score": "gain_along", "config": replace(CONFIG, steps=20)}, "steps is 20, and 'gain_along' needs at least 21"),
+    ({"score": "allocation", "config": replace(CONFIG, steps=1)}, "steps is 1, and 'allocation' needs at least 2"),
     ({"score": "gain", "budget": 5}, "budget"),
 ])
 def test_what_cannot_be_probed_is_refused_before_a_pass(asked, given, refused):

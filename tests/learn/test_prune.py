@@ -494,7 +494,7 @@ def test_a_part_of_a_module_is_not_pruned_again():
     from s3pet_nb.model.structure import kept_space
     model = tiny("bert")
     part = kept_space(model, random_units(make_space(model, "bias"), 50, "unstructured", 0))
-    refused(ValueError, "is a part of a module; prune a space of whole ones", model=model, space=part, budget=20)
+    refused(ValueError, "is a part of a module; take a space of whole ones", model=model, space=part, budget=20)
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])

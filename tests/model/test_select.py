@@ -163,3 +163,9 @@ def test_fill_offers_each_once_by_falling_p():
         assert fill(some, p, n, B).tolist() == filled_one_by_one(some.tolist(), p.tolist(), n.tolist(), B)
         assert select(p, n, B).tolist() == filled_one_by_one([False] * len(n), p.tolist(), n.tolist(), B)
         assert some.sum() <= 1, "the set that is given stays as it is"
+
+
+def test_the_exact_sum_leaves_out_what_is_below_zero():
+    p, n = torch.tensor([1.0, -5.0, -0.5]), torch.tensor([1, 1, 1])
+    assert select(p, n, 3, "exact").tolist() == [True, False, False]
+    assert select(p, n, 3, "greedy").tolist() == [True, True, True]

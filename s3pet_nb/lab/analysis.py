@@ -13,9 +13,9 @@ What this module does not do: it trains nothing, and it judges no search; `lab.j
 
 # %% auto #0
 __all__ = ['LEAST', 'SPREAD', 'CLASSES', 'PLACES', 'MODELS', 'TENTHS', 'EFFECTS', 'SPENDERS', 'SURROGATES', 'scored',
-           'components', 'structure_share', 'seed_tau', 'ceiling', 'tau_ceiling', 'interval', 'spread', 'draw_seeds',
-           'shares', 'spent', 'ridge', 'forest', 'model_of', 'unseen', 'tau_within', 'leave_out', 'added', 'effects',
-           'draw_effects', 'more_is_better', 'best_tenth', 'Surrogate', 'surrogate']
+           'components', 'structure_share', 'seed_tau', 'ceiling', 'tau_ceiling', 'ends', 'interval', 'spread',
+           'draw_seeds', 'shares', 'spent', 'ridge', 'forest', 'model_of', 'unseen', 'tau_within', 'leave_out', 'added',
+           'effects', 'draw_effects', 'more_is_better', 'best_tenth', 'Surrogate', 'surrogate']
 
 # %% ../../nbs/lab/18_analysis.ipynb #analysis-003
 import warnings
@@ -92,15 +92,23 @@ def tau_ceiling(values: np.ndarray) -> float:  # values: (K, seeds)
     return ceiling(seed_tau(values), values.shape[1])
 
 # %% ../../nbs/lab/18_analysis.ipynb #analysis-011
+def ends(
+    statistic: Callable[..., float | np.ndarray],  # of the samples, some values of each more than once
+    *samples: np.ndarray,
+) -> tuple[float | np.ndarray, float | np.ndarray]:
+    "The ends of the 95 % interval of a number, or several, by bootstrap over all samples."
+    drawn = bootstrap(samples, statistic, vectorized=False, n_resamples=1_000, method="percentile",
+                      rng=np.random.default_rng(0)).confidence_interval
+    return drawn.low, drawn.high
+
+
 def interval(
     K: int,  # sets of the table
-    statistic: Callable[[np.ndarray], float | np.ndarray],  # of the indices of some sets, some more than once
+    statistic: Callable[[np.ndarray], float | np.ndarray],  # of the indices of some sets
 ) -> tuple[float | np.ndarray, float | np.ndarray, float | np.ndarray]:
     "A number, or several, of the sets of a table, and their 95 % intervals by bootstrap over sets."
     index = np.arange(K)
-    drawn = bootstrap((index,), statistic, vectorized=False, n_resamples=1_000, method="percentile",
-                      rng=np.random.default_rng(0)).confidence_interval
-    return statistic(index), drawn.low, drawn.high
+    return statistic(index), *ends(statistic, index)
 
 
 SPREAD = {"sd of structures": lambda values: sqrt(components(values)[0]),
@@ -218,7 +226,7 @@ def leave_out(table: Table) -> pd.DataFrame:  # model, R2, low, high, tau, error
         error = ((said - means) ** 2).mean() ** 0.5
         rows.append((name, *explained, tau_within(said, means), error))
     noise = rest / values.shape[1]
-    R2 = structure / (structure + noise)
+    R2 = structure / (structure + noise) if structure else 0.0
     rows.append(("the truth", R2, np.nan, np.nan, tau_ceiling(values), noise ** 0.5))
     return pd.DataFrame(rows, columns=["model", "R2", "low", "high", "tau", "error"])
 

@@ -22,15 +22,15 @@ scores."""
 __all__ = ['check_scores', 'kept', 'best_random', 'worth', 'top_tenth', 'residuals', 'judge_scores', 'judge_trained', 'judge']
 
 # %% ../../nbs/lab/19_judge.ipynb #judge-003
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 from scipy.special import gammaln
-from scipy.stats import bootstrap, kendalltau, percentileofscore
+from scipy.stats import kendalltau, percentileofscore
 
-from .analysis import scored, tau_ceiling
+from .analysis import ends, interval, scored, tau_ceiling
 from .results import DIGITS
 from .table import Table
 
@@ -103,13 +103,6 @@ def residuals(values: np.ndarray) -> np.ndarray:  # (K * seeds,)
     left = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
     return left.ravel() * (K * seeds / ((K - 1) * (seeds - 1))) ** 0.5
 
-
-def _interval(statistic: Callable, *samples: np.ndarray) -> tuple[float, float]:
-    "The 95 % interval by bootstrap over several samples."
-    drawn = bootstrap(samples, statistic, vectorized=False, n_resamples=1_000, method="percentile",
-                      rng=np.random.default_rng(0)).confidence_interval
-    return float(drawn.low), float(drawn.high)
-
 # %% ../../nbs/lab/19_judge.ipynb #judge-012
 def judge_scores(
     table: Table,
@@ -121,9 +114,8 @@ def judge_scores(
     values, said = scored(part), part.sets @ given
     numbers = {"tau": lambda index: kendalltau(said[index], values[index].mean(axis=1)).statistic,
                "ceiling of tau": lambda index: tau_ceiling(values[index])}
-    index = np.arange(len(values))
-    return pd.DataFrame([(name, float(number(index)), *_interval(number, index))
-                         for name, number in numbers.items()], columns=["number", "estimate", "low", "high"])
+    return pd.DataFrame([(name, *interval(len(values), number)) for name, number in numbers.items()],
+                        columns=["number", "estimate", "low", "high"])
 
 # %% ../../nbs/lab/19_judge.ipynb #judge-013
 def judge_trained(
@@ -153,12 +145,12 @@ def judge_trained(
 
     def told(number):
         again = lambda sets, left: number(sets.astype(int), reached + left[:len(seeds)].mean())
-        return float(number(index, reached)), *_interval(again, index, noise)
+        return float(number(index, reached)), *ends(again, index, noise)
 
     frame = pd.DataFrame([(name, *told(number)) for name, number in numbers.items()],
                          columns=["number", "estimate", "low", "high"])
-    ends = frame.loc[frame.number == "worth", ["estimate", "low", "high"]]
-    frame.loc[ends.index, ends.columns] = ends.where(ends < len(values) / 4, np.inf)
+    worths = frame.loc[frame.number == "worth", ["estimate", "low", "high"]]
+    frame.loc[worths.index, worths.columns] = worths.where(worths < len(values) / 4, np.inf)
     return frame
 
 # %% ../../nbs/lab/19_judge.ipynb #judge-014

@@ -283,7 +283,8 @@ def _joined(runs: Sequence[tuple[Question, Mapping]]) -> Table:
     for run in runs[1:]:
         if apart := [name for name, value in about_run(*run).items() if value != about[name]]:
             raise ValueError(f"runs on {about['task']!r} differ in {', '.join(apart)}: "
-                             f"{about[apart[0]]} and {about_run(*run)[apart[0]]}; a table has one of each")
+                             f"{about[apart[0]]} and {about_run(*run)[apart[0]]}; a table has one of each: "
+                             "remove the runs of one, and run the study again")
     candidates = candidates_of(space_of(runs[0][0].params))
     n = np.array([each["n"] for each in candidates])
     frame = pd.DataFrame([row for run in runs for row in trainings_of(*run, n)], columns=SCHEMA.names)

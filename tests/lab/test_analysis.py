@@ -108,6 +108,11 @@ def test_a_table_of_noise_is_explained_by_nothing():
     assert (told.R2.drop("the truth") < 0.05).all()
 
 
+def test_where_all_scores_are_equal_nothing_is_explained():
+    told = analysis.leave_out(made_up(flat, 0.0, K=40)).set_index("model")
+    assert told.R2["the truth"] == 0 and not told.R2.isna().any()
+
+
 def test_effects_are_those_that_were_put_in(known):
     told = analysis.effects(known).set_index("class")
     slope = (100 * lora(known.candidates) / known.candidates.n * known.B / 10).max()  # points for a tenth

@@ -1,4 +1,4 @@
-"Reads settings.ini; the wheel has templates, studies and tutorials of nbs/ as folders of the package."
+"Reads settings.ini; the wheel has templates, studies, tutorials and tables as folders of the package."
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -31,9 +31,10 @@ setup(
     entry_points={"console_scripts": settings["console_scripts"].split(),
                   "nbdev": ["s3pet_nb=s3pet_nb._modidx:d"]},
     packages=[*find_packages(include=["s3pet_nb*"]), "s3pet_nb.templates", "s3pet_nb.studies",
-              "s3pet_nb.tutorials"],
+              "s3pet_nb.tutorials", "s3pet_nb.tables"],
     package_dir={"s3pet_nb.templates": "nbs/experiments", "s3pet_nb.studies": "nbs/studies",
-                 "s3pet_nb.tutorials": "nbs/tutorials"},
+                 "s3pet_nb.tutorials": "nbs/tutorials", "s3pet_nb.tables": "reports"},
     package_data={"s3pet_nb.lab": ["assets/*"], "s3pet_nb.templates": ["*.ipynb"],
-                  "s3pet_nb.studies": ["*.yml"], "s3pet_nb.tutorials": ["*.ipynb", "*.json"]},
+                  "s3pet_nb.studies": ["*.yml"], "s3pet_nb.tutorials": ["*.ipynb", "*.json"],
+                  "s3pet_nb.tables": ["table-*/*"]},
 )

@@ -70,6 +70,7 @@ ROOMS = {  # names that can be imported from here, and the module that each one 
     "lab.store": ("Run",),
     "lab.live": ("Monitor",),
     "lab.explore": ("Explorer",),
+    "lab.table": ("Table",),
 }
 __all__ = sorted(name for names in ROOMS.values() for name in names)
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from s3pet_nb.lab.table import made_up
+
 ROOT = Path(__file__).parent.parent
 SOURCES = ["settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "s3pet_nb",
            "nbs/experiments", "nbs/studies", "nbs/tutorials"]
@@ -36,6 +38,7 @@ def wheel(tmp_path_factory) -> Path:
             shutil.copytree(ROOT / source, copy / source, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / source, copy / source)
+    made_up(lambda candidates: 0.1 * candidates.layer.to_numpy(), 0.01, K=5).save(copy / "reports" / "table-made-up")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     call(*pip, "-w", copy / "dist", copy)
     (built,) = (copy / "dist").glob("*.whl")
@@ -90,6 +93,13 @@ def test_the_tutorials_come_with_the_files_that_they_read(environment, elsewhere
     assert all(path.is_relative_to(environment) for path in found)
     there = {path.name for pattern in ("*.ipynb", "*.json") for path in (ROOT / "nbs" / "tutorials").glob(pattern)}
     assert {path.name for path in found} == there > {"01_first_search.ipynb", "agreement-seed-0.json"}
+
+
+def test_a_table_is_read_from_the_wheel_by_its_name(wheel, environment, elsewhere):
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"s3pet_nb/tables/table-made-up/{name}" for name in ("table.parquet", "table.md")} <= inside
+    shown = call(environment / "bin" / "python", "-c", "import s3pet_nb; print(s3pet_nb.Table.load('made-up'))")
+    assert shown.startswith("Table of 5 sets, 2 seeds: made up")
 
 
 def test_search_runs_from_any_folder(environment, elsewhere):

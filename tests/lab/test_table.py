@@ -177,6 +177,16 @@ def test_pandas_and_pyarrow_alone_read_a_file_as_its_card_says(runs, tmp_path):
     assert again.about == json.loads(json.dumps(table.about))
 
 
+@pytest.mark.parametrize("place", ["site/s3pet_nb/tables", "site/reports"])
+def test_a_table_that_is_shipped_is_loaded_by_name(runs, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(tables, "PACKAGE", tmp_path / "site" / "s3pet_nb")
+    assert tables.shipped_tables() == {}
+    runs[1]["agreement-5"].save(tmp_path / place / "table-agreement-5")
+    assert len(Table.load("agreement-5").frame) == 8
+    with pytest.raises(UnknownName, match="unknown table 'agreement5'; did you mean 'agreement-5'"):
+        Table.load("agreement5")
+
+
 def test_another_file_is_no_table(tmp_path):
     pd.DataFrame({"set": [b"x"]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match="is no table of trained structures"):

@@ -9,7 +9,10 @@ import pytest
 from s3pet_nb.core import UnknownName
 from s3pet_nb.lab import judge
 from s3pet_nb.lab.analysis import components
-from s3pet_nb.lab.table import made_up
+from s3pet_nb.lab.plot import P_COLUMNS
+from s3pet_nb.lab.store import Run
+from s3pet_nb.lab.study import parameters, study
+from s3pet_nb.lab.table import made_up, trained_by
 
 
 def varied(candidates):
@@ -130,3 +133,82 @@ def test_random_sets_are_those_of_one_sample(known):
 def test_what_cannot_be_judged_is_refused(known, asked, refused):
     with pytest.raises(ValueError, match=refused):
         judge.judge(known, **asked)
+
+
+ASKED = """
+title: a method
+template: search
+params: {n_random: 2, baselines: [], split_seed: 0, protocol: quick, lr: 0.0}
+seeds: [0, 1]
+methods: {one: {params: {order: first}}, other: {params: {order: exact}}}
+"""
+
+
+@pytest.fixture
+def searched(known, tmp_path):
+    """A study of two methods whose results are made up, its folder, and a table that can judge them.
+
+    The first method knows what modules are worth, the other has it backwards; what the first found reaches the
+    highest score of the table under either seed, what the other found the lowest.
+    """
+    tmp_path.joinpath("methods.yml").write_text(ASKED)
+    asked, space = study(str(tmp_path / "methods.yml")), known.candidates
+    rows = {"train": 32, "validation": 16, "test": 16}
+    table = replace(known, about=known.about | {
+        "task": "agreement", "metric": "accuracy", "form": "head", "backbone": "minilm", "rows": rows,
+        "training": trained_by(parameters("train") | {"split_seed": 0})})
+    for question in asked.questions():
+        seed, sign = question.params["seed"], 1 if question.method == "one" else -1
+        folder = tmp_path / "reports" / asked.name / question.id
+        folder.mkdir(parents=True)
+        run = Run(folder)
+        ends = sign * (sign * table.scores[seed]).max(), table.scores[seed].median()
+        run.save_result({
+            "task": "agreement", "metric": "accuracy", "form": "head", "backbone": "minilm", "budget": table.B,
+            "space": {"name": "mix", "candidates": len(space)}, "data": {"rows": rows},
+            "search": {"passes": 20 + 20 * seed, "steps": 10},
+            "rows": [{"label": label, "test": score, "steps": 10, "n_params": 4, "learned_nothing": None} | more
+                     for label, score, more in (("searched", ends[0], {}), ("random-1", ends[1], {}),
+                                                ("random-2", ends[1], {}), ("best-random", ends[1], {"best_of": 3}))]})
+        gates = space.assign(kind="linear", p=sign * varied(space), alpha=0.0, selected=False)
+        gates[P_COLUMNS].to_csv(run.folder / "gates.csv", index=False)
+    return asked, tmp_path / "reports", table
+
+
+def test_the_methods_of_a_study_are_judged_by_the_table_of_their_task(searched):
+    asked, reports, table = searched
+    told = judge.judge_study(asked, {"small": table}, reports).set_index(["method", "kind", "number"])
+    assert set(told.table) == {"small"} and set(told.index.get_level_values("kind")) == {"searched", "random", "best-random"}
+    said = told.estimate
+    truth = judge.judge_scores(table, varied(table.candidates)).set_index("number").estimate
+    assert said["one", "searched", "tau"] == truth["tau"] == -said["other", "searched", "tau"] > 0.3
+    assert said["one", "searched", "ceiling of tau"] == truth["ceiling of tau"]
+    assert said["one", "searched", "percentile"] > 99 and said["other", "searched", "percentile"] < 1
+    assert 40 < said["one", "random", "percentile"] < 60
+    assert said["one", "searched", "cost"] == 1 + (20 + 40) / 2 / 10, "passes over steps, and the training itself"
+    assert said["one", "random", "cost"] == 1 and said["one", "best-random", "cost"] == 3
+    assert ("one", "random", "tau") not in told.index
+
+
+@pytest.mark.parametrize("change, refused", [
+    ({"budget": 59}, "no table is of 'agreement', 'mix' and 60 parameters; there are small"),
+    ({"rows": {"train": 31}}, "not trained as the sets of table 'small': they differ in rows"),
+    ({"training": trained_by(parameters("train") | {"split_seed": 0, "precision": "bf16", "lr": 0.1})},
+     "they differ in recipe, lr, warmup, clip, precision; run the study with the table's"),
+    ({"training": trained_by(parameters("train") | {"split_seed": 1})}, "they differ in split_seed"),
+], ids=["budget", "rows", "training", "split"])
+def test_a_run_that_a_table_cannot_judge_is_refused(searched, change, refused):
+    asked, reports, table = searched
+    with pytest.raises(ValueError, match=refused):
+        judge.judge_study(asked, {"small": replace(table, about=table.about | change)}, reports)
+
+
+def test_a_study_without_runs_is_judged_by_nothing(searched, tmp_path):
+    asked, _, table = searched
+    assert judge.judge_study(asked, {"small": table}, tmp_path / "none").empty
+
+
+def test_of_several_runs_tau_is_the_mean(known):
+    truth, rng = varied(known.candidates), np.random.default_rng(0).normal(size=len(known.candidates))
+    apart = [judge.judge_scores(known, scores).estimate[0] for scores in (truth, rng)]
+    assert judge.judge_scores(known, truth, rng).estimate[0] == pytest.approx(np.mean(apart))

@@ -38,6 +38,7 @@
 - `s3pet_nb.learn.prune`: Prune-search: train everything once, score every parameter on the way, keep what the budget pays for
 - `s3pet_nb.learn.sample`: Random structures: what a search has to beat, drawn in more than one way
 - `s3pet_nb.learn.search`: S3PET: which modules deserve the budget, learned by gradient
+- `s3pet_nb.learn.strategy`: How a search spends its passes: the published way and others, as rows of settings
 - `s3pet_nb.learn.train`: Train a structure from new weights, and what it is compared with
 - `s3pet_nb.model.backbone`: Any Hugging Face model as named positions, from one table row per family
 - `s3pet_nb.model.budget`: Expected size of a search, and the shift of the gates that keeps it within the budget

@@ -27,7 +27,7 @@ __all__ = ['SEARCH_ORDERS', 'FALL', 'DELAY', 'MOST', 'LOOKS', 'ALPHAS', 'SearchC
 
 # %% ../../nbs/learn/04_search.ipynb #search-003
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 
 import pandas as pd
@@ -97,6 +97,11 @@ class SearchStep(Stateful):
         "The set that would be kept now, (N,) bool."
         return select(self.gated.p, self.gated.n, self.B)
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        "Batches of delta's and of alpha's pass, over all processes."
+        return self.config.compute.batches, self.config.compute.batches
+
 # %% ../../nbs/learn/04_search.ipynb #search-price-1
 FALL, DELAY, MOST = 0.6, 10, 0.9
 
@@ -153,7 +158,7 @@ def check_order(order: str, compute: Compute) -> None:
 
 # %% ../../nbs/learn/04_search.ipynb #search-gates-1
 @patch
-def losses(self: SearchStep, batches: list, u: Tensor, noise: int) -> Iterator[Tensor]:
+def losses(self: SearchStep, batches: list, u: Tensor | None, noise: int) -> Iterator[Tensor]:
     "The parts of the mean loss of this process: gates from alpha with noise u, dropout from `noise`."
     return loss_parts(self.forward, batches, noise, self.config.compute, self.gated.device,
                       lambda: self.gated.sample(u))
@@ -163,6 +168,12 @@ def losses(self: SearchStep, batches: list, u: Tensor, noise: int) -> Iterator[T
 def penalised(self: SearchStep, batches: list, u: Tensor, noise: int) -> Iterator[Tensor]:
     "The parts of the mean loss, and what the gate adds to the loss of alpha."
     yield from self.losses(batches, u, noise)
+    yield from self.price()
+
+
+@patch
+def price(self: SearchStep) -> Iterator[Tensor]:
+    "What the gate adds to the loss of alpha, if anything."
     penalty = self.gated.gate.penalty(self.gated.p)
     if penalty.requires_grad:
         yield penalty.float().to(self.gated.device)
@@ -180,8 +191,14 @@ def order_now(self: SearchStep) -> str:
 @patch
 def move(self: SearchStep, result: Hypergradient) -> None:
     "Step alpha with its hypergradient, delta with the gradient of the first pass; each is clipped by itself."
-    self.step_alpha.step([result.direct if self.order == "first" else result.alpha_grad])
+    self.guide(result.direct if self.order == "first" else result.alpha_grad)
     self.step_delta.step(result.delta_grads)
+
+
+@patch
+def guide(self: SearchStep, grad: Tensor) -> None:
+    "Step alpha with its gradient, (N,)."
+    self.step_alpha.step([grad])
 
 
 @patch
@@ -426,8 +443,8 @@ class Pairs(Stateful):
 
     remembered = "delta", "alpha"
 
-    def __init__(self, loader_delta: Iterable, loader_alpha: Iterable, size: int):
-        self.delta, self.alpha = Groups(loader_delta, size), Groups(loader_alpha, size)
+    def __init__(self, loader_delta: Iterable, loader_alpha: Iterable, sizes: tuple[int, int]):
+        self.delta, self.alpha = map(Groups, (loader_delta, loader_alpha), sizes)
 
     def __next__(self) -> tuple[list, list]:
         return next(self.delta), next(self.alpha)
@@ -451,7 +468,7 @@ def run_search(
     gates = LogGates(gated, step.B, config.evaluate_every)
     evaluate = Evaluate(score_expected, lambda: None, config.evaluate_every)
     with training(gated, gated.model, config):
-        learner = Learner(step, Pairs(*halves, config.compute.batches), config.steps, "search", log,
+        learner = Learner(step, Pairs(*halves, step.sizes), config.steps, "search", log,
                           [*callbacks, gates, evaluate], checkpoint)
         learner.fit()
     best = evaluate.kept_step
@@ -474,6 +491,7 @@ def search(
     callbacks: Iterable[Callback] = (Progress(),),  # such as EarlyStop()
     log: Log | None = None,
     checkpoint: Checkpoint | None = None,  # goes on from what it finds, and saves
+    step: Callable[[GatedModel, int, str, SearchConfig], SearchStep] = SearchStep,  # what makes the step
 ) -> SearchResult:
     """Search the structure of `space` under `budget` (S3PET, algorithm 1).
 
@@ -485,8 +503,8 @@ def search(
     with attach(model, space, gate, config.seed) as gated:
         if alpha is not None:
             gated.alpha.data.copy_(alpha)
-        step = SearchStep(gated, B, order, config)
-        return run_search(step, (loader_delta, loader_alpha, loader_val), score, callbacks, log, checkpoint)
+        taken = step(gated, B, order, config)
+        return run_search(taken, (loader_delta, loader_alpha, loader_val), score, callbacks, log, checkpoint)
 
 # %% ../../nbs/learn/04_search.ipynb #search-042
 def leaning(space: SearchSpace, structure: Structure, strength: float = 2.0) -> Tensor:

@@ -268,6 +268,7 @@ class GatedModel(nn.Module):
             pets = [candidate.make(seed) for candidate in space.candidates]
         self.pets = nn.ModuleList(pets).to(model.device)
         self.simple = range(len(space))  # the candidates that are not carried by the fast form
+        self.gone = torch.zeros(len(space), dtype=torch.bool)  # what stays closed whatever the gates say
         self.z = torch.ones(len(space))
 
     def forward(self, *args: object, **kwargs: object) -> object:
@@ -294,6 +295,8 @@ class GatedModel(nn.Module):
 # %% ../../nbs/model/05_space.ipynb #space-n08
 @patch
 def _set(self: GatedModel, z: Tensor, closed: Tensor) -> None:
+    if self.gone.any():
+        z, closed = z.masked_fill(self.gone.to(z.device), 0), closed | self.gone.to(closed.device)
     self._z, self.closed = z, closed.tolist()
     self.gates = z.to(self.model.device, torch.float32)  # (N,), in one piece
     alone = torch.tensor(self.simple, dtype=torch.int64, device=self.gates.device)
@@ -314,9 +317,9 @@ def meet(self: GatedModel, B: int) -> float:
 
 
 @patch
-def sample(self: GatedModel, u: Tensor) -> None:
-    "Draw the gates z from p with uniform noise u, (N,) float64."
-    z = self.gate.z(self.p, u)
+def sample(self: GatedModel, u: Tensor | None) -> None:
+    "Draw the gates z from p with uniform noise u, (N,) float64; without it they are what the gate expects."
+    z = self.gate.expected(self.p) if u is None else self.gate.z(self.p, u)
     self._set(z, self.gate.closed(z))
 
 

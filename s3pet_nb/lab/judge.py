@@ -183,7 +183,8 @@ TRAINED = ("recipe", "lr", "warmup", "clip", "head", "dropout", "precision", "re
 
 def differences(table: Table, question: Question, result: Mapping) -> list[str]:
     "What differs between how a run trained and how the sets of a table were trained."
-    numbers = {name: result[name] for name in ("metric", "form", "backbone")} | {"rows": result["data"]["rows"]}
+    numbers = {name: result[name] for name in ("metric", "form", "backbone")}
+    numbers["rows"] = result["data"]["rows"]
     apart = [name for name, value in numbers.items() if value != table.about[name]]
     training, own = table.about["training"], trained_by(question.params)
     given = lambda numbers, name: None if numbers.get(name) == -1 else numbers.get(name)  # -1: that of `seed`

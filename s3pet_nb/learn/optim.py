@@ -90,7 +90,8 @@ def by_rate(weights: Iterable[nn.Parameter], lr: float | Iterable[float]) -> dic
 DECAYS = {
     "linear": transformers.get_linear_schedule_with_warmup,  # to 0
     "cosine": transformers.get_cosine_schedule_with_warmup,  # to 0, half a period
-    "constant": lambda optimizer, n_warmup, _: transformers.get_constant_schedule_with_warmup(optimizer, n_warmup)}
+    "constant": lambda optimizer, n_warmup, n_steps: (
+        transformers.get_constant_schedule_with_warmup(optimizer, n_warmup))}
 
 
 class Stepper(Stateful):

@@ -6,8 +6,9 @@ passes a step. A `Strategy` says what may be done otherwise:
 - *warm-up*: delta alone is trained for a share of the steps, at one pass each. Before that the gradient of
   alpha is that of modules that do nothing yet;
 - *samples*: alpha's pass is taken with several samples of the gates, or with none: z = p;
-- *levels*: alpha and delta on different halves of the data ("two"), alpha on both, of which one gradient costs
-  no pass ("mixed", after MiLeNAS, He et al., 2020), or both from one pass ("one", after GAEA, Li et al., 2021);
+- *levels*: alpha and delta on different halves of the data ("two"), alpha on both, of which one gradient
+  costs no pass ("mixed", after MiLeNAS, He et al., 2020), or both from one pass ("one", after GAEA, Li et
+  al., 2021);
 - *shrinking*: candidates that will not be chosen any more are closed for good, so that passes become cheaper;
 - *stopping*: when the chosen set holds most of the expected size, which is the budget.
 
@@ -95,7 +96,7 @@ def out_of_reach(step: SearchStep) -> Tensor:  # (N,) bool
 
 @SHRINKING.register("falling")
 def falling(step: SearchStep) -> Tensor:  # (N,) bool
-    """Those outside a budget that falls from the space to B, geometrically over the steps in which alpha moves.
+    """Those outside a budget that falls geometrically from the space to B while alpha moves.
 
     After BIPEFT (Chang et al., 2024), which removes modules whenever a budget that falls is passed; left out
     are its sensitivities and its search of ranks.

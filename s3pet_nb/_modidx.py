@@ -1372,6 +1372,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     's3pet_nb/learn/train.py'),
                                       's3pet_nb.learn.train.TrainStep.snapshot': ( 'learn/train.html#trainstep.snapshot',
                                                                                    's3pet_nb/learn/train.py'),
+                                      's3pet_nb.learn.train.TrainStep.stepper': ( 'learn/train.html#trainstep.stepper',
+                                                                                  's3pet_nb/learn/train.py'),
                                       's3pet_nb.learn.train._kind': ('learn/train.html#_kind', 's3pet_nb/learn/train.py'),
                                       's3pet_nb.learn.train._kinds': ('learn/train.html#_kinds', 's3pet_nb/learn/train.py'),
                                       's3pet_nb.learn.train.baseline': ('learn/train.html#baseline', 's3pet_nb/learn/train.py'),

@@ -215,7 +215,7 @@ class Still(ScoredStep):
 
 
 class LogProbe(Callback):
-    "Logs the space before the first step, and the scores of the candidates ten times on the way and at the end."
+    "Logs the space before the first step, and the scores of the candidates ten times and at the end."
 
     def __init__(self, units: Units, B: int, look: Look, opens: bool):
         self.units, self.B, self.look, self.opens = units, B, look, opens

@@ -1,6 +1,6 @@
 """Modules:
 
-- `s3pet_nb.cli`: The commands: s3pet demo, search, prune, study, tasks, lab, export, transfer and report
+- `s3pet_nb.cli`: The commands: s3pet demo, search, prune, probe, study, tasks, lab, export, transfer and report
 - `s3pet_nb.core`: A registry, counting, whole files, a table: what every other module uses
 - `s3pet_nb.data.agreement`: A task that needs no download: generated English sentences whose words agree, or do not
 - `s3pet_nb.data.batch`: Rows become batches, and a model's answers become a score

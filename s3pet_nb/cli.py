@@ -1,9 +1,9 @@
-"""The commands: s3pet demo, search, prune, study, tasks, lab, export, transfer and report
+"""The commands: s3pet demo, search, prune, probe, study, tasks, lab, export, transfer and report
 
 The commands are thin: a study with options laid over it, executed by `run.execute`, shown by `page.report`.
 
-What a command starts from is in `nbs/studies/`: `demo.yml` for `s3pet demo`, `search.yml` for `s3pet
-search`, `prune.yml` for `s3pet prune`. An option is a parameter of the template under its own name, `--set
+What a command starts from is in `nbs/studies/`: `demo.yml` for `s3pet demo`, `search.yml` for `s3pet search`,
+and so `prune.yml` and `probe.yml`. An option is a parameter of the template under its own name, `--set
 name=value` reaches every other one, and the template's own checks refuse what cannot run before a kernel
 starts. Whatever is wrong with the input is one red sentence on stderr and exit code 1; 2 is for a command
 that cannot be read. A run that was interrupted or killed goes on from its last checkpoint when the same
@@ -21,8 +21,8 @@ __all__ = ['core', 'backbones', 'peft', 'data', 'checks', 'log', 'pages', 'pool'
            'studies', 'app', 'Out', 'Task', 'Backbone', 'Budget', 'Seed', 'DataDir', 'RetrainSteps', 'Settings',
            'REPORTS', 'Quick', 'Standard', 'Paper', 'ALONE', 'HEAD_OF', 'say', 'one_sentence', 'read_as', 'assignments',
            'Later', 'plain_table', 'show', 'closing_table', 'plan_table', 'plan_text', 'command', 'whole_path',
-           'of_length', 'run_one', 'demo', 'search', 'prune', 'backend_named', 'watching', 'close_study', 'study_with',
-           'study', 'run_jobs', 'tasks', 'lab', 'export', 'write_trained', 'transfer', 'rebuild', 'main']
+           'of_length', 'run_one', 'demo', 'search', 'prune', 'probe', 'backend_named', 'watching', 'close_study',
+           'study_with', 'study', 'run_jobs', 'tasks', 'lab', 'export', 'write_trained', 'transfer', 'rebuild', 'main']
 
 # %% ../nbs/cli.ipynb #cli-003
 import ast
@@ -258,6 +258,24 @@ def prune(
     scores on 2,000 rows. With --paper nothing differs.
     """
     run_one("prune", **locals())
+
+# %% ../nbs/cli.ipynb #cli-probe
+@command()
+def probe(
+    task: Task, quick: Quick = False, standard: Standard = False,
+    backbone: Backbone = None, budget: Budget = None, seed: Seed = 0, data_dir: DataDir = None,
+    space: Annotated[str, typer.Option(help="Search space, such as mix or lora.")] = None,
+    probe_score: Annotated[str, typer.Option("--score", help="Such as gain, gain_along or snr.")] = None,
+    probe_steps: Annotated[int, typer.Option("--steps",
+                                             help="Of the open model; 0: a third of a training.")] = None,
+    retrain_steps: RetrainSteps = None, out: Out = REPORTS, settings: Settings = [],
+) -> None:
+    """Score all modules by their gradients, re-train the best and compare.
+
+    With --score gain, fisher or snr it costs a few batches; with gain_along,
+    gain_after or allocation a third of a training.
+    """
+    run_one("probe", **locals())
 
 # %% ../nbs/cli.ipynb #cli-backend
 def backend_named(name: str, slots: int | None, address: str | None) -> "pool.Backend":

@@ -1,4 +1,4 @@
-"""Run folders as a search and a pruning leave them, made of plain numbers: no model, no training."""
+"""Run folders as a search, a pruning and a probe leave them, made of plain numbers: no model, no training."""
 
 import math
 import random
@@ -289,6 +289,47 @@ def make_pruned(
             "kept": [place | {"name": entry["name"]} for entry, place in zip(space, places)],
             "data": {"rows": {"train": 8_551, "validation": 1_043}}, "rows": rows, "seconds": 180.0,
             "device": "cpu", "threads": 2, "peak_memory_mb": 1800.0, "versions": {"s3pet_nb": "0.1.0"}})
+    return run
+
+
+def make_probed(root: Path, budget: int = 4542, steps: int = 24, seed: int = 0, study: str = "probe",
+                finished: bool = True, **params) -> Run:
+    "A run folder with params, log, structure and result, as the template of a probe writes them."
+    space, rng = candidates({"encoder": 6}), random.Random(seed)
+    run = Run.create(root, study, {
+        "task": "agreement", "backbone": "minilm", "data_dir": "", "space": "mix", "budget": float(budget),
+        "probe_score": "gain_along", "select_by": "density", "protocol": "quick", "seed": seed} | params,
+        code="synthetic")
+    run.log({"event": "space", "space": "mix", "candidates": space, "budget": budget})
+    for step in range(1, steps + 1):
+        run.log({"event": "step", "phase": "probe-train", "step": step, "steps": steps, "loss": 0.7,
+                 "seconds": 0.2 * step, "passes": 1, "phase_memory_mb": 700.0 + step})
+        if step in (steps - 2, steps):
+            score = [rng.gauss(0.5, 1) * 1e-6 * entry["n"] for entry in space]
+            run.log({"event": "scores", "phase": "probe-train", "step": step, "budget": budget,
+                     "name": run.params["probe_score"], "score": score})
+    scores = dict(zip((entry["name"] for entry in space), score))
+    modules = [module | {"p": None, "score": scores[module["path"]]}
+               for module in pick(space, [value / entry["n"] for value, entry in zip(score, space)], budget)]
+    chosen = {module["path"] for module in modules}
+    write_json(run.folder / "structure.json", {
+        "schema": 4, "backbone": "minilm", "n_backbone": 22_713_216, "family": "bert", "space": "mix",
+        "shape": {"encoder": [6, 384]}, "rules": [], "task": run.params["task"], "budget": budget,
+        "method": "probe-gain_along", "seed": seed, "version": "0.1.0", "masks": None, "modules": modules})
+    rows = retrain(run, {"searched": sum(module["n"] for module in modules), "random-1": budget}, steps, rng)
+    if finished:
+        run.save_result({
+            "task": run.params["task"], "metric": METRIC, "backbone": "minilm", "n_backbone": 22_713_216,
+            "family": "bert", "budget": budget,
+            "space": {"name": "mix", "candidates": len(space), "n_params": sum(entry["n"] for entry in space)},
+            "probe": {"score": run.params["probe_score"], "select_by": run.params["select_by"], "protocol": "quick",
+                      "steps": steps, "batches": 0, "passes": steps, "rows": 16 * steps, "seconds": 0.2 * steps,
+                      "trainings": 1},
+            "kept": [{name: entry[name] for name in ("stack", "layer", "role", "module", "name")}
+                     | {"of": entry["n"], "n": entry["n"] * (entry["name"] in chosen), "score": scores[entry["name"]]}
+                     for entry in space],
+            "rows": rows, "seconds": 60.0, "device": "cpu", "threads": 2, "peak_memory_mb": 900.0,
+            "versions": {"s3pet_nb": "0.1.0"}})
     return run
 
 

@@ -112,7 +112,7 @@ def test_a_notebook_is_a_page(path):
 
 
 PUBLISHED = [path for path in sorted((ROOT / "reports").glob("*/*/*.json"))
-             if path.parts[-3] not in ("demo", "search", "prune")]  # what .gitignore lets through
+             if path.parts[-3] not in ("demo", "search", "prune", "probe")]  # what .gitignore lets through
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *PUBLISHED],

@@ -53,7 +53,9 @@ Run(run_folder).save_result({{"task": task, "metric": "accuracy", "budget": 4542
     notebook.cells[0].source += ('\nprune_steps = 4\ngranularity = "structured"\ncriterion = "first-order"\n'
                                  "average_over = 0\nrounds = 1")
     nbformat.write(notebook, package / "templates" / "prune.ipynb")
-    for name, template in {"demo": "search", "search": "search", "prune": "prune"}.items():
+    notebook.cells[0].source = parameters + '\nprobe_score = "gain_along"\nprobe_steps = 24\nselect_by = "density"'
+    nbformat.write(notebook, package / "templates" / "probe.ipynb")
+    for name, template in {"demo": "search", "search": "search", "prune": "prune", "probe": "probe"}.items():
         (package / "studies" / f"{name}.yml").write_text(
             f"template: {template}\nparams: {{search_steps: 5}}\n")
     monkeypatch.setattr("s3pet_nb.lab.study.PACKAGE", package)
@@ -98,6 +100,12 @@ def test_an_interrupt_says_that_the_run_can_go_on(capsys):
     (["search", "--task", "agreement", "--quick", "--paper"], "--quick and --paper do not go together; give one"),
     (["prune", "--task", "agreement", "--steps", "4", "--retrain-steps", "4", "--budget", "26000"],
      "a budget of 26,000 prunes nothing"),
+    (["probe", "--task", "agreement", "--score", "gains"], "did you mean 'gain'"),
+    (["probe", "--task", "agreement", "--steps", "20"], "score 'gain_along' needs at least 21 steps, and is given 20"),
+    (["probe", "--task", "agreement", "--score", "gain", "--set", "probe_batches=1"], "needs at least 2 batches"),
+    (["probe", "--task", "agreement", "--set", "select_by=densty"], "did you mean 'density'"),
+    (["probe", "--task", "agreement", "--budget", "3"], "the smallest adds 384"),
+    (["probe", "--task", "agreement", "--quick", "--standard"], "--quick and --standard do not go together"),
     (["search", "--task", "agreement", "--gate", "lokal"], "did you mean 'local'"),
     (["search", "--task", "agreement", "--set", "baselines=bitfti"], "unknown baseline 'bitfti'"),
     (["search", "--task", "agreement", "--budget", "-1"], "budget -1.0 is not a positive number"),
@@ -116,7 +124,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(invoke, tmp_path, words, s
 
 
 @pytest.mark.parametrize("words", [
-    ["serch"], ["search"], ["demo", "--seed", "three"], ["demo", "--bugdet", "1"]])
+    ["serch"], ["search"], ["demo", "--seed", "three"], ["demo", "--bugdet", "1"],
+    ["probe", "--task", "agreement", "--paper"]])
 def test_a_command_that_cannot_be_read_ends_with_usage(invoke, words):
     ended = invoke(*words)
     assert ended.exit_code == 2 and "Usage" in ended.stderr and "Traceback" not in ended.stderr
@@ -170,6 +179,22 @@ def test_prune_passes_its_options_on(tiny_template, invoke, tmp_path):
              "seed": 2, "prune_steps": 0, "retrain_steps": 7, "rounds": 3}
     assert given.items() <= asked.items()
     assert "s3pet prune --task glue/cola" in (folder / "report.html").read_text()
+
+
+def test_probe_passes_its_options_on(tiny_template, invoke, tmp_path):
+    (tmp_path / "data").mkdir()
+    ended = invoke("probe", "--task", "glue/cola", "--backbone", "some/model", "--budget", "25000",
+                   "--seed", "2", "--data-dir", "data", "--space", "lora", "--score", "gain", "--steps", "9",
+                   "--retrain-steps", "7", "--out", "out", "--set", "select_by=exact")
+    assert ended.exit_code == 0, ended.stderr
+    (folder,) = (tmp_path / "out" / "probe").glob("[!.]*")
+    asked = json.loads((folder / "params.json").read_text())
+    given = {"task": "glue/cola", "backbone": "some/model", "data_dir": str(tmp_path / "data"), "space": "lora",
+             "budget": 25_000.0, "probe_score": "gain", "probe_steps": 9, "retrain_steps": 7, "seed": 2,
+             "select_by": "exact"}
+    assert given.items() <= asked.items()
+    page = (folder / "report.html").read_text()
+    assert "s3pet probe --task glue/cola" in page and "--score gain" in page and "--set probe_steps=9" in page
 
 
 def test_a_failing_template_is_one_sentence_with_its_notebook(tiny_template, invoke, tmp_path):
@@ -248,7 +273,7 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("command, own", [
-    ("search", ["gate", "order"]), ("prune", ["granularity", "criterion"])])
+    ("search", ["gate", "order"]), ("prune", ["granularity", "criterion"]), ("probe", ["score"])])
 def test_help_fits_eighty_columns_and_names_every_option(monkeypatch, command, own):
     monkeypatch.setenv("COLUMNS", "80")
     shown = subprocess.run([*S3PET, command, "--help"], capture_output=True, text=True, check=True).stdout

@@ -17,6 +17,7 @@ task = "glue/cola"
 budget = 1e-4
 gate = "global"
 criterion = ""
+probe_score = ""
 targets = []
 data_dir = ""
 seed = 0
@@ -65,7 +66,8 @@ def moved(asked, budget, rng):
 
 def write_run(study, question, root, space, gates=True):
     "What a run of this question leaves, made of plain numbers."
-    asked, rng = question.params, random.Random(repr(sorted(question.params.items(), key=str)))
+    asked = question.params
+    rng = random.Random(repr(sorted((item for item in asked.items() if item != ("probe_score", "")), key=str)))
     params = {name: value for name, value in asked.items() if name != "data_dir"}
     run = Run.create(root, study.folder or study.name, params, id=question.id)
     assert run.id == question.id
@@ -85,6 +87,11 @@ def write_run(study, question, root, space, gates=True):
                            "granularity": "unstructured", "average_over": 0}
         result["kept"] = [{name: e[name] for name in ("stack", "layer", "role", "module", "name")}
                           | {"n": n, "of": e["n"]} for e, n in zip(space, kept)]
+    elif asked["probe_score"]:
+        chosen = {module["path"] for module in pick(space, alpha, budget)}
+        result["probe"] = {"seconds": 6.0, "passes": 100, "score": asked["probe_score"], "select_by": "density"}
+        result["kept"] = [{name: e[name] for name in ("stack", "layer", "role", "module", "name")}
+                          | {"n": e["n"] * (e["name"] in chosen), "of": e["n"]} for e in space]
     elif not asked["targets"]:
         result["search"] = {"seconds": 64.0 + rng.gauss(0, 3), "passes": 480, "steps": 160}
     if gates and "search" in result:

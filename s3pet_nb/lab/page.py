@@ -132,7 +132,8 @@ def static_notebook(
 
 # %% ../../nbs/lab/09_page.ipynb #report-016
 _COMMON = "task", "backbone", "budget", "seed", "data_dir", "space"
-OPTIONS = {"demo": ("seed",), "search": _COMMON, "prune": (*_COMMON, "granularity", "criterion")}
+OPTIONS = {"demo": ("seed",), "search": _COMMON, "prune": (*_COMMON, "granularity", "criterion"),
+           "probe": (*_COMMON, "probe_score")}  # parameters; an option is without the command's name
 
 
 def _setting(name: str, value: object) -> list[str]:
@@ -145,7 +146,7 @@ def command(run: Run) -> str:
 
     What is as in the study it starts from is left out.
     """
-    name = "demo" if run.study == "demo" else "prune" if "criterion" in run.params else "search"
+    name = "demo" if run.study == "demo" else run.method
     base = read_study(name)
     usual = resolve(base.template, base.params)
     if not {"task", "backbone", "budget"} <= run.params.keys() <= usual.keys():
@@ -153,7 +154,8 @@ def command(run: Run) -> str:
     words = ["s3pet", name]
     for key, value in run.params.items():
         if key in OPTIONS[name]:
-            words += [f"--{key.replace('_', '-')}", str(value)] if value != "" else []
+            option = key.removeprefix(f"{name}_").replace("_", "-")
+            words += [f"--{option}", str(value)] if value != "" else []
         elif value != usual[key]:
             words += _setting(key, value)
     return shlex.join(words)
@@ -227,8 +229,18 @@ def _pruning(params: Mapping) -> dict[str, str]:
     return about
 
 
-GIVEN = ("search_steps", "prune_steps", "retrain_steps", "batch_size", "max_length", "search_lr", "prune_lr",
-         "lr", "finetune_lr", "evaluate_every", "n_train")  # what a protocol decides where they are 0
+def _probing(params: Mapping) -> dict[str, str]:
+    "Score and selection, of a run that has them."
+    if not {"probe_score", "select_by"} <= params.keys():
+        return {}
+    over = "score over size" if params["select_by"] == "density" else "score"
+    exact = ", the best sum" if params["select_by"] == "exact" else ""
+    return {"Score of a module": params["probe_score"], "Selection": f"by {over}{exact}"}
+
+
+GIVEN = ("search_steps", "prune_steps", "probe_steps", "retrain_steps", "batch_size", "max_length",
+         "search_lr", "prune_lr", "lr", "finetune_lr", "evaluate_every",
+         "n_train")  # what a protocol decides where they are 0
 
 
 def _protocol(params: Mapping) -> str | None:
@@ -265,6 +277,7 @@ def facts(run: Run) -> dict[str, str]:
         "Learned nothing": learned_nothing(result),
         "Test rows seen in a search": rows_seen(result),
         **_pruning(params),
+        **_probing(params),
         "Protocol": _protocol(params),
         "Seed": _seeds(params),
         "Time and memory": ", ".join(cost) or None,

@@ -9,6 +9,7 @@ that stay apart for colour-blind readers, and then in dashes.
     mean_p_frame      plot_mean_p        the same, the mean over several runs of one space and one budget
     share_frame       plot_share         the share of each candidate that pruning kept, of one run or the mean
                                          over several (figure 1 of Lawton et al.)
+    probe_frame       plot_probe         scores of every candidate, ranked, kept ones outlined
     budget_frame      plot_budget        expected size E[N], budget B and shift zeta over the search
     mixed_frame       plot_mixed         size of the second-order term where it was measured
     loss_frame        plot_loss          losses of the search and of every re-training
@@ -29,9 +30,10 @@ a run goes on."""
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'STYLES', 'INK', 'GRID', 'TEMPLATE', 'LAB_STYLE', 'CLEAR', 'Log',
-           'P_COLUMNS', 'MODULE_LABELS', 'P_SCALE', 'DASHED', 'RIGHT', 'HALVES', 'ROUND', 'DASHES', 'RING', 'SYMBOLS',
-           'DOT', 'SEARCHED', 'LEVEL', 'as_text', 'lay_out', 'legend_below', 'name_ticks', 'phase_lines',
-           'plain_figure', 'events', 'p_frame', 'p_grid', 'p_title', 'p_traces', 'draw_p', 'plot_p', 'mean_p_frame',
+           'P_COLUMNS', 'MODULE_LABELS', 'P_SCALE', 'PROBE_COLUMNS', 'RANK_SCALE', 'DASHED', 'RIGHT', 'HALVES', 'ROUND',
+           'PROBE', 'DASHES', 'RING', 'SYMBOLS', 'DOT', 'SEARCHED', 'LEVEL', 'as_text', 'lay_out', 'legend_below',
+           'name_ticks', 'phase_lines', 'plain_figure', 'events', 'p_frame', 'p_grid', 'p_title', 'p_traces', 'draw_p',
+           'plot_p', 'probe_frame', 'probe_title', 'probe_traces', 'draw_probe', 'plot_probe', 'mean_p_frame',
            'draw_mean_p', 'plot_mean_p', 'share_frame', 'draw_share', 'plot_share', 'draw_mean', 'steps_frame',
            'budget_frame', 'plot_budget', 'mixed_frame', 'plot_mixed', 'loss_frame', 'plot_loss', 'score_frame',
            'plot_score', 'structure_frame', 'comparison_frame', 'score_columns', 'plot_comparison', 'plot_sizes',
@@ -122,7 +124,7 @@ Log = Run | Sequence[dict]  # a run, or the records of its log where it was read
 
 def events(
     log: Log,
-    *kinds: str,  # "space", "step", "gates" or "score"
+    *kinds: str,  # "space", "step", "gates", "scores" or "score"
 ) -> list[list[dict]]:  # for each kind
     "The records of each kind, in the order in which they were logged; `ValueError` if there are none of one."
     records, by_kind = log.records() if isinstance(log, Run) else log, []
@@ -143,6 +145,12 @@ def _settings(entry: Mapping) -> str:
 
 def _place(entry: Mapping) -> tuple:
     return *(entry[name] for name in ("stack", "layer", "role", "module")), _settings(entry)
+
+
+def _kept(run: Run, space: Iterable[Mapping]) -> list[bool]:
+    "Which candidates the structure of a run keeps; none before there is one."
+    kept = {_place(module) for module in (run.structure or {"modules": []})["modules"]}
+    return [_place(entry) in kept for entry in space]
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-016a
 def _gates_at(log: Log, gates: Sequence[dict], step: int | None) -> dict:
@@ -199,11 +207,8 @@ def p_frame(
     space, gates = spaces[0]["candidates"], _gates_at(log, gates, step)
     n, budget = [entry["n"] for entry in space], B or spaces[0].get("budget")
     p = pd.Series(gates["p"] if B is None else _under(gates, n, B), dtype=float)
-    if B is None and isinstance(log, Run):
-        kept = {_place(module) for module in (log.structure or {"modules": []})["modules"]}
-        selected = [_place(entry) in kept for entry in space]
-    else:
-        selected = _selected(p, n, budget, method)
+    of_run = B is None and isinstance(log, Run)
+    selected = _kept(log, space) if of_run else _selected(p, n, budget, method)
     frame = pd.DataFrame(space).assign(p=p, alpha=gates["alpha"], selected=selected)
     frame = frame.astype({"layer": "Int64", "alpha": float})[P_COLUMNS]
     frame.attrs |= {"step": gates["step"], "budget": budget, "gate": gates.get("gate")}
@@ -331,7 +336,11 @@ def p_title(frame: pd.DataFrame) -> str:  # frame of `p_frame`
 # %% ../../nbs/lab/07_plot.ipynb #plot-023d
 def p_traces(frame: pd.DataFrame) -> list[BaseTraceType]:  # frame of `p_frame`
     "What the heatmap of p is made of: enough to bring a figure that is shown up to date."
-    panels = _stacks(_p_cells(frame), P_SCALE["cell"], P_SCALE["outline"])
+    return _traces(_p_cells(frame))
+
+
+def _traces(cells: pd.DataFrame) -> list[BaseTraceType]:
+    panels = _stacks(cells, P_SCALE["cell"], P_SCALE["outline"])
     return [trace for *_, traces in panels for trace in traces]
 
 
@@ -346,6 +355,70 @@ def plot_p(
 ) -> go.Figure:
     "The heatmap of p at a step of a run, by default at that of the structure."
     return draw_p(p_frame(run, step))
+
+# %% ../../nbs/lab/07_plot.ipynb #plot-probe-1
+PROBE_COLUMNS = [*P_COLUMNS[:7], "score", "density", "rank", "selected"]
+
+
+def probe_frame(
+    log: Log,  # of records, the space and one of scores are enough; the last ones count
+    by: str = "density",  # as of `Probe.structure`; what is ranked is score over size, else the score
+    B: int | None = None,  # another budget, a count
+) -> pd.DataFrame:  # `PROBE_COLUMNS`
+    """One row per candidate, in the order of the space; rank 1 is the highest.
+
+    Selected is what the structure of a run keeps; of records, and under another budget, what `select` takes.
+    attrs: the step, the budget, the name of the score, and `by`.
+    """
+    spaces, scored = events(log, "space", "scores")
+    space, record = spaces[0]["candidates"], scored[-1]
+    frame = pd.DataFrame(space).assign(score=pd.Series(record["score"], dtype=float))
+    frame["density"] = frame.score / frame.n
+    value = frame.density if by == "density" else frame.score
+    of_run, budget = B is None and isinstance(log, Run), B or record["budget"]
+    method = "exact" if by == "exact" else "greedy"
+    selected = _kept(log, space) if of_run else _selected(value, frame.n.tolist(), budget, method)
+    frame = frame.assign(rank=value.rank(ascending=False, method="min"), selected=selected)
+    frame = frame.astype({"layer": "Int64", "rank": "Int64"})[PROBE_COLUMNS]
+    frame.attrs |= {"step": record["step"], "budget": budget, "scored": record["name"], "by": by}
+    return frame
+
+# %% ../../nbs/lab/07_plot.ipynb #plot-probe-3
+RANK_SCALE = P_SCALE | {"bar": "share of the others that are lower"}
+
+
+def _rank_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    others = max(1, len(frame) - 1)
+    hover = [f"<b>{as_text(row.name)}</b><br>n = {row.n:,}<br>score = {row.score:.3g}<br>"
+             f"score / n = {row.density:.3g}<br>rank {row.rank} of {len(frame)}<br>"
+             f"{'' if row.selected else 'not '}selected" for row in frame.itertuples(index=False)]
+    value = ((len(frame) - frame["rank"]) / others).astype(float)
+    return frame.assign(value=value, hover=hover, outlined=frame.selected)
+
+
+def probe_title(frame: pd.DataFrame) -> str:  # frame of `probe_frame`
+    "What the heatmap of scores is called."
+    over = " over size" if frame.attrs["by"] == "density" else ""
+    return (f"Score {as_text(frame.attrs['scored'])}{over} at step {frame.attrs['step']}, ranked; "
+            f"{frame.selected.sum()} modules selected")
+
+# %% ../../nbs/lab/07_plot.ipynb #plot-probe-4
+def probe_traces(frame: pd.DataFrame) -> list[BaseTraceType]:  # frame of `probe_frame`
+    "What the heatmap of scores is made of, as `p_traces`."
+    return _traces(_rank_cells(frame))
+
+
+def draw_probe(frame: pd.DataFrame) -> go.Figure:  # frame of `probe_frame`
+    "Heatmap of the ranks of scores, laid out as that of p."
+    return _draw(_rank_cells(frame), probe_title(frame), **RANK_SCALE)
+
+
+def plot_probe(
+    run: Run,
+    by: str = "density",  # as in `probe_frame`
+) -> go.Figure:
+    "The heatmap of the scores of a run."
+    return draw_probe(probe_frame(run, by))
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-026
 def _check_same_space(names: Sequence[str], spaces: Sequence[Iterable[tuple[str, int]]]) -> None:
@@ -415,9 +488,10 @@ def _result(source: Run | Mapping) -> Mapping:
 
 def _check_same_question(names: Sequence[str], results: Sequence[Mapping]) -> None:
     "`ValueError` that names the first thing in which a run's question differs from that of the first one."
-    questions = [{"budget": result.get("budget")} | {name: result.get("prune", {}).get(name)
-                                                     for name in ("granularity", "criterion", "average_over")}
-             for result in results]
+    asked = {"prune": ("granularity", "criterion", "average_over"), "probe": ("score", "select_by")}
+    questions = [{"budget": result.get("budget")} | {name: result.get(kind, {}).get(name)
+                                                     for kind, names in asked.items() for name in names}
+                 for result in results]
     for name, other in zip(names, questions):
         for key, one in questions[0].items():
             if other[key] != one:
@@ -428,17 +502,17 @@ def _check_same_question(names: Sequence[str], results: Sequence[Mapping]) -> No
 def share_frame(
     runs: Run | Mapping | Sequence[Run | Mapping],  # one or several, finished, or their results; one space
 ) -> pd.DataFrame:  # stack, layer, role, module, name, of, share, low, high, kept_in; attrs["runs"]
-    """One row per candidate: mean, lowest and highest share of its entries that pruning kept.
+    """One row per candidate: mean, lowest and highest share of its entries that a pruning or a probe kept.
 
     `kept_in` is in how many of the runs anything of it is kept. `ValueError` for a run without a result, one
-    that did not prune, and runs of different candidates, budgets, granularities or criteria.
+    that did neither, and runs of different candidates, budgets or ways to choose.
     """
     runs = [runs] if isinstance(runs, Run | Mapping) else list(runs)
     names = [f"run {run.id}" if isinstance(run, Run) else f"result {k}" for k, run in enumerate(runs)]
     results = [_result(run) for run in runs]
     for name, result in zip(names, results):
         if "kept" not in result:
-            raise ValueError(f"{name} has no list of what is kept; give runs of prune")
+            raise ValueError(f"{name} has no list of what is kept; give runs of prune or probe")
     _check_same_question(names, results)
     frames = [pd.DataFrame(result["kept"]) for result in results]
     _check_same_space(names, [zip(frame["name"], frame["of"]) for frame in frames])
@@ -545,19 +619,22 @@ def plot_mixed(run: Run) -> go.Figure:
 # %% ../../nbs/lab/07_plot.ipynb #plot-042
 HALVES = {"loss": "weights' half", "loss_alpha": "gates' half"}
 ROUND = re.compile(r"prune-(\d+)")
+PROBE = {"probe-train": "training of the open model", "probe": "looks, nothing moves"}  # phases of a probe
 
 
 def _curve(phase: str) -> str:
     "What a phase is called in a legend."
     numbered = ROUND.fullmatch(phase)
     if numbered is None:
-        return phase
+        return PROBE.get(phase, phase)
     return "pruning, whole architecture" if numbered[1] == "1" else f"pruning, round {numbered[1]}"
 
 
 def _stage(phase: str) -> str:
     "Which panel a phase belongs in."
-    return "search" if phase == "search" else "pruning" if ROUND.fullmatch(phase) else "re-training"
+    if phase == "search" or phase in PROBE:
+        return phase.removesuffix("-train")
+    return "pruning" if ROUND.fullmatch(phase) else "re-training"
 
 
 def loss_frame(run: Run) -> pd.DataFrame:  # phase, curve, step, loss
@@ -800,7 +877,6 @@ def interval_text(pair: pd.Series) -> str:  # pair of `differences`
     "The interval of a mean difference, in its unit."
     ends = [gain_text(end, pair.get("unit", "points")) for end in (pair.low, pair.high)]
     return MISSING if pd.isna(pair.low) else " to ".join(ends)
-
 
 # %% ../../nbs/lab/07_plot.ipynb #plot-073
 SEARCHED, LEVEL = "searched", "finetune"  # labels of the structure that was searched, and of all weights

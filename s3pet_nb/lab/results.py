@@ -682,7 +682,8 @@ def _memory(run: Run, labels: Collection[str]) -> dict[str, float | None]:
 
 def _spent(question: Question, run: Run, result: dict) -> dict:
     "What one run's search and re-training took; what its result and its log do not say is missing."
-    search, rows = result.get("search") or result.get("prune") or {}, result.get("rows") or []
+    search = next(filter(None, map(result.get, ("search", "prune", "probe"))), {})
+    rows = result.get("rows") or []
     labels = {row["label"] for row in rows}
     retrain = pd.Series([row.get("seconds") for row in rows if row["label"] == SEARCHED], dtype=float)
     return {"row": question.method or SEARCHED, "task": _source(question, result),

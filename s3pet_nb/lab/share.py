@@ -7,7 +7,7 @@ A structure says where modules sit; this is the same with what they learned. A f
   training, the kind of head, and the SHA-256 of the structure that they belong to.
 
 The backbone is not in it: a few thousand trained parameters are some ten kilobytes. Weights come back with
-the bits that they had. A run folder of `s3pet search` or `s3pet prune` is such a folder.
+the bits that they had. A run folder of `s3pet search`, `prune` or `probe` is such a folder.
 
 On the hub a model card is put beside, made of the same files: where the parameters are, what was reached, and
 how it is used.

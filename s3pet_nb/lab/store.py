@@ -150,6 +150,12 @@ class Run:
         "Whether there is a complete result."
         return self.result is not None
 
+    @property
+    def method(self) -> str:
+        "How it looks for a structure, by the parameters: 'prune', 'probe', else 'search'."
+        own = {"criterion": "prune", "probe_score": "probe"}
+        return next((method for name, method in own.items() if self.params.get(name)), "search")
+
 # %% ../../nbs/lab/00_store.ipynb #store-042
 @patch
 def save_result(self: Run, result: Mapping) -> None:

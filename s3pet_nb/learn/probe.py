@@ -45,7 +45,7 @@ from torch import Tensor
 from ..core import Registry, check_names
 from .compute import Groups, cost, training
 from .learner import Callback, Checkpoint, Learner, Log, Progress, Stream
-from .prune import CRITERIA, Mean, Moment, ScoredStep, Scorer, Units
+from .prune import Moment, ScoredStep, Scorer, Units
 from .train import TrainConfig, TrainStep
 from ..model.budget import check_budget, resolve_budget
 from ..model.select import select
@@ -144,7 +144,7 @@ SCORES = Registry("score of a probe", {
     "gain_along": Look(Along, "along", 21),
     "gain_after": Look(lambda: Signal("gain_after", gain), "after"),
     "allocation": Look(Allocation, "along"),
-    "fisher": Look(lambda: Mean(CRITERIA["fisher"]), least=1),
+    "fisher": Look(lambda: Signal("fisher", lambda m, v, rate: v), least=1),
     "snr": Look(lambda: Signal("snr", snr))})
 
 # %% ../../nbs/learn/09_probe.ipynb #probe-012
@@ -207,13 +207,15 @@ def frame(self: Probe) -> pd.DataFrame:
 class Still(ScoredStep):
     "Shows the gradients of batches to a scorer and moves nothing."
 
+    remembered = tuple(name for name in ScoredStep.remembered if name != "stepper")
+
     def __call__(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         _, loss = self.gradients(batches)
         return {"loss": loss, **cost(1, self.model.device)}
 
 
 class LogProbe(Callback):
-    "Logs the space before the first step, and the scores of the candidates after the last one."
+    "Logs the space before the first step, and the scores of the candidates ten times and at the end."
 
     def __init__(self, units: Units, B: int, look: Look, opens: bool):
         self.units, self.B, self.look, self.opens = units, B, look, opens
@@ -227,10 +229,10 @@ class LogProbe(Callback):
             learner.log(**describe(self.units.space, self.B))
 
     def after_step(self, learner: Learner) -> None:
-        step = learner.take_step
-        if learner.over and isinstance(step, ScoredStep) and step.scorer.seen >= self.look.least:
+        step, due = learner.take_step, learner.step % max(1, learner.n_steps // 10) == 0
+        if (due or learner.over) and isinstance(step, ScoredStep) and step.scorer.seen >= self.look.least:
             score = self.units.by_candidate(step.scores)
-            learner.log("scores", budget=self.B, criterion=step.scorer.name, score=score.tolist())
+            learner.log("scores", budget=self.B, name=step.scorer.name, score=score.tolist())
 
 # %% ../../nbs/learn/09_probe.ipynb #probe-017b
 def phases(
@@ -250,13 +252,17 @@ def phases(
     yield Still(gated, replace(config, steps=batches), scorer), batches, "probe"
 
 # %% ../../nbs/learn/09_probe.ipynb #probe-018a
-def check_look(score: str, config: TrainConfig, batches: int) -> Look:
+def check_look(score: str,
+               steps: float,  # of the training of the open model
+               batches: int,  # that are looked at while nothing moves
+               ) -> Look:
     "The row of `SCORES`; `UnknownName` if there is none, `ValueError` for too few moments to score."
     check_names("score of a probe", [score], SCORES)
     look = SCORES[score]
-    name, planned = ("steps", config.steps) if look.when == "along" else ("batches", batches)
+    name, planned = ("steps", steps) if look.when == "along" else ("batches", batches)
     if planned < look.least:
-        raise ValueError(f"{name} is {planned}, and {score!r} needs at least {look.least}; give as many")
+        raise ValueError(f"score {score!r} needs at least {look.least} {name}, and is given {planned}; "
+                         "give more")
     return look
 
 # %% ../../nbs/learn/09_probe.ipynb #probe-018b
@@ -290,7 +296,7 @@ def probe(
     score, `ValueError` for a budget out of range and for too few looks or steps, `FloatingPointError` for a
     loss or a gradient that is not a number.
     """
-    look, B = check_look(score, config, batches), resolve_budget(budget, space.n_backbone)
+    look, B = check_look(score, config.steps, batches), resolve_budget(budget, space.n_backbone)
     check_budget(B, space.n)
     units, scorer, learners = Units.of(space, "unstructured"), look.make(), []
     groups, place = Groups(loader, config.compute.batches), Stream(loader).state_dict()

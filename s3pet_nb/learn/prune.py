@@ -36,6 +36,7 @@ __all__ = ['Criterion', 'CRITERIA', 'GRANULARITIES', 'Moment', 'entries', 'Units
            'LogScores', 'spread', 'prune_rounds', 'prune_search', 'random_units', 'same_kinds_units', 'upper_units']
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-003
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -173,24 +174,26 @@ def drop(units: Units, scores: Tensor, alive: Tensor, B: int) -> Tensor:
     return keep[units.unit]
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-scorer-1
-class Scorer(Stateful):
+class Scorer(Stateful, ABC):
     "Sees moments of a training, or of a model that stands still, and scores each entry at the end."
 
+    what = "score"  # what a message calls it
     name: str
     seen: int  # moments
 
+    @abstractmethod
     def see(self, at: Moment) -> Tensor:
         "Note a moment; returns what it says of each entry, (E,), so that it can be checked."
-        raise NotImplementedError
 
+    @abstractmethod
     def scores(self) -> Tensor:
         "Of the entries, (E,) float64, from all moments so far."
-        raise NotImplementedError
 
 
 class Mean(Scorer):
     "The mean of a criterion over the moments."
 
+    what = "criterion"
     remembered = "total", "seen"
 
     def __init__(self, criterion: Criterion):
@@ -234,7 +237,7 @@ class ScoredStep(TrainStep):
 
     def about(self) -> dict:
         "Which training this is, and which scores."
-        return {"criterion": self.scorer.name, "average_over": self.average_over} | super().about()
+        return {self.scorer.what: self.scorer.name, "average_over": self.average_over} | super().about()
 
     def gradients(self, batches: list[dict[str, Tensor]]) -> tuple[list[Tensor], float]:
         "Those of the training step; they are scored on the way."
@@ -255,7 +258,7 @@ def note(self: ScoredStep, grads: Iterable[Tensor]) -> None:
     self.done += 1
     if self.done > self.first:
         at = Moment(flat(self.scored.values()), flat(grads), self.start, self.rate, self.draw)
-        check_scores(self.scorer.see(at), self.scorer.name, self.scored)
+        check_scores(self.scorer.see(at), self.scorer, self.scored)
 
 
 @patch(as_prop=True)
@@ -273,15 +276,15 @@ def name_of(criterion: Criterion) -> str:
     return next((name for name, each in CRITERIA.items() if each is criterion), own)
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-n01
-def check_scores(scores: Tensor, criterion: str, weights: dict[str, Tensor]) -> None:
+def check_scores(scores: Tensor, scorer: Scorer, weights: dict[str, Tensor]) -> None:
     "`ValueError` for another number of scores than of entries, `FloatingPointError` where one is not finite."
     sizes = [weight.numel() for weight in weights.values()]
     if scores.shape != (sum(sizes),):
-        raise ValueError(f"criterion {criterion!r} gave a tensor of shape {tuple(scores.shape)}; "
+        raise ValueError(f"{scorer.what} {scorer.name!r} gave a tensor of shape {tuple(scores.shape)}; "
                          f"it should give one score for each of {sum(sizes):,} entries")
     for name, part in zip(weights, scores.split(sizes)):
         if not part.isfinite().all():
-            raise FloatingPointError(f"criterion {criterion!r} is not a number at {name}")
+            raise FloatingPointError(f"{scorer.what} {scorer.name!r} is not a number at {name}")
 
 # %% ../../nbs/learn/06_prune.ipynb #prune-023
 @dataclass(frozen=True)

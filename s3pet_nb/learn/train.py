@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, replace
+from functools import cached_property
 
 import torch
 import transformers
@@ -34,7 +35,7 @@ from .compute import (Groups, LoopConfig, Score, average, cost, evaluated, loss_
                                     negative_loss, own_noise, training)
 from .learner import (Callback, Checkpoint, Evaluate, Learner, Log, Progress, Stateful,
                                     check_finite)
-from .optim import stepper_for
+from .optim import Stepper, stepper_for
 from ..model.backbone import head_parameters
 from ..model.budget import resolve_budget
 from ..model.pet import Pace
@@ -62,9 +63,13 @@ class TrainStep(Stateful):
     def __init__(self, model: nn.Module, weights: dict[str, Tensor], paces: dict[str, Pace],
                  config: TrainConfig, digest: str = ""):
         self.model, self.weights, self.config, self.digest = model, weights, config, digest
-        self.forward = config.compute.compiled(model)
-        self.stepper = stepper_for(config, weights.values(), paces.values())
+        self.paces, self.forward = paces, config.compute.compiled(model)
         self.generator = torch.Generator().manual_seed(config.seed)
+
+    @cached_property
+    def stepper(self) -> Stepper:
+        "What moves the weights; made when it is first asked for, as a step that only looks needs none."
+        return stepper_for(self.config, self.weights.values(), self.paces.values())
 
     def about(self) -> dict:
         "Which training this is."
@@ -77,7 +82,7 @@ class TrainStep(Stateful):
         noise = int(torch.randint(2 ** 31, (), generator=self.generator))
         with own_noise(device):
             *grads, loss = average(slopes(lambda: loss_parts(self.forward, batches, noise, compute, device),
-                                          self.stepper.weights))
+                                          list(self.weights.values())))
         return grads, check_finite(loss=loss.item())["loss"]
 
     def snapshot(self) -> dict[str, Tensor]:

@@ -168,6 +168,46 @@ def test_a_pruning_that_can_run_is_let_through(fine_pruning, fine):
     check("prune", {**fine_pruning, **fine})
 
 
+@pytest.mark.parametrize("wrong, sentence", [
+    ({"task": "glue/colla"}, "did you mean 'glue/cola'"),
+    ({"space": "mixx"}, "unknown search space 'mixx'; did you mean 'mix'"),
+    ({"probe_score": "gian"}, "unknown score of a probe 'gian'; did you mean 'gain'"),
+    ({"select_by": "densty"}, "unknown selection of a probe 'densty'; did you mean 'density'"),
+    ({"probe_batches": 0}, "probe_batches is 0; give at least 1"),
+    ({"probe_score": "gain", "probe_batches": 1}, "score 'gain' needs at least 2 batches, and is given 1; give more"),
+    ({"probe_score": "gain_after", "probe_batches": 1}, "score 'gain_after' needs at least 2 batches"),
+    ({"probe_steps": -1}, "probe_steps is -1; give 0 or more"),
+    ({"probe_steps": 20}, "score 'gain_along' needs at least 21 steps, and is given 20; give more"),
+    ({"probe_steps": 0}, "needs at least 21 steps, and is given 1"),
+    ({"probe_steps": 0, "retrain_steps": 62}, "needs at least 21 steps, and is given 20"),
+    ({"probe_steps": 0, "retrain_steps": 0, "batch_size": 128}, "needs at least 21 steps, and is given 12"),
+    ({"probe_steps": 0, "retrain_steps": 0, "batch_size": 16, "accumulate": 8}, "needs at least 21 steps"),
+    ({"recipe": "even", "lr": 1e-3}, "recipe 'even' has a rate for each kind of weight; leave lr at 0"),
+    ({"equal_compute": True, "protocol": "lawton", "task": "glue/cola"}, "leave equal_compute out"),
+    ({"protocol": "s3pet", "retrain_steps": 0}, "has no epochs for task 'agreement'; give retrain_steps"),
+    ({"budget": 3.0}, "the smallest adds 384"),
+    ({"budget": 0.0, "share": 0.0}, "share is 0.0"),
+    ({"baselines": ["lora-r8"], "cut": True, "budget": 5000.0}, "baseline 'lora-r8' cannot be cut"),
+    ({"structures": ["gone.json"]}, "no structure file 'gone.json'"),
+])
+def test_a_probe_that_cannot_run_is_refused(wrong, sentence):
+    with pytest.raises((LookupError, ValueError, OSError), match=sentence):
+        check("probe", {**resolve("probe", {}), **wrong})
+
+
+@pytest.mark.parametrize("fine", [
+    {},
+    {"probe_score": "gain", "probe_steps": 0, "probe_batches": 2},
+    {"probe_score": "fisher", "probe_batches": 1, "select_by": "exact"},
+    {"probe_steps": 0, "retrain_steps": 63},
+    {"probe_steps": 0, "retrain_steps": 0, "batch_size": 64},
+    {"budget": 0.0, "share": 0.2, "baselines": ["finetune"], "n_same_kinds": 2, "upper_first": True,
+     "equal_compute": True},
+])
+def test_a_probe_that_can_run_is_let_through(fine):
+    check("probe", {**resolve("probe", {}), **fine})
+
+
 @pytest.fixture
 def halving(tmp_path):
     "A template of one's own whose checks have two cells."
@@ -249,18 +289,19 @@ given, places = json.loads(sys.argv[1])
 said = [refusal(check, template, resolve(template, wrong)) for template, wrong in given]
 names = {place: names_in(place) for place in places}
 print(json.dumps([said, names, sorted({"torch", "transformers", "datasets", "sklearn"} & set(sys.modules))]))"""
-PLACES = sorted({place for template in ("search", "prune") for tags, source in code_cells(template)
+PLACES = sorted({place for template in ("search", "prune", "probe") for tags, source in code_cells(template)
                  for place in re.findall(r'names_in\("(.+?)"\)', source)})
 MISSPELT = [("search", {"gate": "globall"}, "did you mean 'global'"),
             ("search", {"task": "glue/rtee"}, "did you mean 'glue/rte'.*or give the path of a file"),
             ("search", {"targets": ["glue/rtee"]}, "did you mean 'glue/rte'"),
             *((template, {name: value}, f"unknown .*{word!r}; (did you mean|choose one of)")
-              for template in ("search", "prune")
+              for template in ("search", "prune", "probe")
               for name, value, word in [("space", "mixx", "mixx"), ("protocol", "s3pett", "s3pett"),
                                         ("form", "x", "x"), ("precision", "x", "x"),
                                         ("baselines", ["x"], "x")]),
             *(("search", {name: "x"}, "unknown .* 'x'; choose one of") for name in ("method", "order", "alphas")),
-            *(("prune", {name: "x"}, "unknown .* 'x'; choose one of") for name in ("criterion", "granularity"))]
+            *(("prune", {name: "x"}, "unknown .* 'x'; choose one of") for name in ("criterion", "granularity")),
+            *(("probe", {name: "x"}, "unknown .* 'x'; choose one of") for name in ("probe_score", "select_by"))]
 
 
 def test_a_misspelt_name_is_refused_before_torch_is_loaded():

@@ -1,9 +1,17 @@
 "What the templates share: rows of a task, structures to compare with, tables of how a run was run."
+import json
+import signal
+import threading
+import time
 from dataclasses import replace
+from html import unescape
+
+import psutil
 
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from s3pet_nb.core import UnknownName
 from s3pet_nb.lab.experiment import (PAPERS, Seeds, about, ahead, best_random, brought, budget_for, budget_text,
@@ -11,14 +19,18 @@ from s3pet_nb.lab.experiment import (PAPERS, Seeds, about, ahead, best_random, b
                                      machine_table, mark_equal, paper_line, pass_seconds, recipe_for, row_of,
                                      rows_seen, scoring, searched_on, setup_for, sizes_table, task_for,
                                      trainings_for, value_table)
-from s3pet_nb.lab.run import execute
+from s3pet_nb.lab.page import report
+from s3pet_nb.lab.run import RUN_MARK, RunFailed, execute
+from s3pet_nb.lab.share import read
 from s3pet_nb.lab.store import Run, write_json
 from s3pet_nb.lab.study import parameters, study
 from s3pet_nb.data.setup import Setup
 from s3pet_nb.learn.compute import Compute
+from s3pet_nb.learn.probe import probe
 from s3pet_nb.learn.protocol import PROTOCOLS, RECIPES
 from s3pet_nb.learn.train import BASELINES, TrainConfig, random_structure, retrain
-from s3pet_nb.model.backbone import blueprint
+from s3pet_nb.model.backbone import blueprint, load_backbone
+from s3pet_nb.model.peft import to_peft
 from s3pet_nb.model.space import make_space
 
 RULES = PROTOCOLS["s3pet"]
@@ -336,7 +348,7 @@ def test_files_are_labelled_as_their_trainings_are(model, tmp_path):
     assert list(labels) == ["own-random-1", "own-random-2"] == list(compared_with(model, 500, [], False, [file, file], 0))
 
 
-# --- both templates, whole
+# --- the templates, whole
 
 SHORT = {"n_train": 32, "n_eval": 32, "retrain_steps": 2, "evaluate_every": 2, "seed": 1, "baselines": []}
 
@@ -345,12 +357,14 @@ def rows_of(run):
     return [(row["label"], row["n_params"], row["validation"], row["test"]) for row in run.result["rows"]]
 
 
-@pytest.mark.parametrize(("template", "steps"), [("search", {"search_steps": 3}), ("prune", {"prune_steps": 6})])
+@pytest.mark.parametrize(("template", "steps"), [
+    ("search", {"search_steps": 3}), ("prune", {"prune_steps": 6}),
+    ("probe", {"probe_score": "gain", "probe_batches": 6})])
 def test_a_template_trains_the_controls_and_says_what_it_found(template, steps, model, tmp_path):
     asked = SHORT | steps | {"equal_compute": True, "n_same_kinds": 1, "upper_first": True,
                              "structures": [found_on(tmp_path / "found", model, "agreement", 0, protocol="s3pet")]}
     run = execute(template, asked, tmp_path, template)
-    paid = run.result["search" if template == "search" else "prune"]["trainings"]
+    paid = run.result[template]["trainings"]
     labels = [row["label"] for row in run.result["rows"]]
     assert paid > 1 and labels == ["searched", *(f"random-{k}" for k in range(1, paid + 1)), "same-kinds-1",
                                    "upper-layers", "own-random-1", "best-random"]
@@ -367,3 +381,108 @@ def test_seeds_that_are_left_out_are_the_runs_own(tmp_path):
     seeds = dict.fromkeys(("split_seed", "init_seed", "search_seed", "order_seed"), 1)
     left_out, given = (execute("search", asked | more, tmp_path, "search") for more in ({}, seeds))
     assert rows_of(left_out) == rows_of(given) and left_out.id != given.id
+
+
+# --- a probe
+
+PROBE = SHORT | {"probe_score": "gain_after", "probe_steps": 3, "probe_batches": 4, "select_by": "exact",
+                 "n_random": 1, "baselines": ["bitfit"]}
+CLOCK = "seconds", "memory_mb", "phase_memory_mb"  # what two runs of one question do not share
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    "A run of the template `probe`."
+    return execute("probe", PROBE, tmp_path_factory.mktemp("reports"), "probe")
+
+
+def test_a_probe_by_its_template_is_that_of_the_library(probed):
+    quick = PROTOCOLS["quick"]
+    setup = setup_for("agreement", "minilm", quick, "cpu", 8, 32, seed=1, n_train=32, n_eval=32)
+    space = make_space(setup.model, "mix")
+    config = config_for(setup, quick, space.n_params / space.n_backbone, 3, evaluate_every=2, dropout=False, seed=1)
+    result = probe(setup.model, space, setup.train, budget=2e-4, score="gain_after", batches=4, config=config,
+                   callbacks=())
+    frame = pd.read_csv(probed.folder / "scores.csv")
+    assert frame.score.tolist() == result.score.tolist()
+    assert frame.selected.tolist() == result.structure(by="exact").mask(space).tolist()
+    kept = pd.DataFrame(probed.result["kept"])
+    assert kept.score.tolist() == result.score.tolist()
+    assert kept.n.tolist() == frame.n.where(frame.selected, 0).tolist()
+    assert kept.n.sum() == probed.result["rows"][0]["n_params"] <= probed.result["budget"]
+
+
+def test_a_probe_says_what_it_cost(probed):
+    said = probed.result["probe"]
+    expected = {"steps": 3, "batches": 4, "passes": 7, "rows": 56, "trainings": 4}
+    assert said["seconds"] > 0 and expected.items() <= said.items()
+    logged = [record for record in probed.records() if record["event"] == "step"]
+    assert sum(record["passes"] for record in logged if record["phase"] in ("probe-train", "probe")) == 7
+    assert [row["label"] for row in probed.result["rows"]] == ["searched", "random-1", "bitfit"]
+    assert probed.result["rows"][0]["structure"] == probed.structure["method"] == "probe-gain_after"
+
+
+def test_the_report_of_a_probe_is_like_that_of_a_search(probed):
+    body = unescape(report(probed).read_text())
+    for text in ("agreement on minilm", "Score of a module", "gain_after", "by score, the best sum",
+                 "7 passes over 56 rows in ", "3.5 times the compute of a training", "passes pay for 4 trainings",
+                 "Score gain_after at step 4, ranked", "Scores of the re-trained structures",
+                 "s3pet probe --task agreement", "--score gain_after", "training of the open model",
+                 "looks, nothing moves"):
+        assert text in body, text
+    assert body.count("Plotly.newPlot(") == 5 and 'class="failed"' not in body
+
+
+def test_what_a_probe_found_can_be_exported(probed, tmp_path):
+    tuned = read(probed.folder)
+    assert tuned.structure.method == "probe-gain_after" and len(tuned.structure) == probed.result["rows"][0]["modules"]
+    model, _ = load_backbone("minilm", tuned.head, tuned.n_labels)
+    to_peft(model, tuned.structure, tmp_path / "peft", tuned.tensors, tuned.seed)
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"]
+
+
+def kill_in(phase, root):
+    "Kill the kernel of the run under a root once this phase has taken two steps."
+    def steps():
+        logs = root.glob("probe/*/log.jsonl")
+        return sum(f'"phase": "{phase}"' in line and '"event": "step"' in line
+                   for log in logs for line in log.read_text().splitlines())
+
+    def watch():
+        while steps() < 2:
+            time.sleep(0.01)
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(RUN_MARK, "").startswith(str(root.resolve())):
+                    process.send_signal(signal.SIGKILL)
+            except psutil.Error:
+                continue
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_probe_that_was_killed_ends_with_the_same_bits(tmp_path):
+    asked = PROBE | {"probe_steps": 12, "probe_batches": 12, "n_random": 0, "checkpoint_every": 1}
+    whole = execute("probe", asked, tmp_path / "whole", "probe")
+    for phase in "probe-train", "probe":
+        killer = kill_in(phase, tmp_path / "killed")
+        with pytest.raises(RunFailed, match="the kernel died"):
+            execute("probe", asked, tmp_path / "killed", "probe")
+        killer.join(10)
+    run = execute("probe", asked, tmp_path / "killed", "probe")
+    assert run.id == whole.id and rows_of(run) == rows_of(whole)
+    for name in "scores.csv", "structure.json":
+        assert (run.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    ours, theirs = (load_file(each.folder / "delta.safetensors") for each in (run, whole))
+    assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [record | dict.fromkeys(CLOCK) for record in run.records()] == [
+        record | dict.fromkeys(CLOCK) for record in whole.records()]
+
+
+def test_a_probe_of_a_seed_of_its_own_leaves_the_trainings_as_they_were(probed, tmp_path):
+    "Another search seed: other new weights while probing, so other scores; splits and trainings are the same."
+    other = execute("probe", PROBE | {"search_seed": 5}, tmp_path, "probe")
+    assert other.result["kept"] != probed.result["kept"] and rows_of(other)[1] != rows_of(probed)[1]
+    assert rows_of(other)[2] == rows_of(probed)[2], "bitfit"

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import t
-from synthetic import candidates, make_pruned, make_run, shifted
+from synthetic import candidates, make_probed, make_pruned, make_run, shifted
 
 from s3pet_nb.core import UnknownName
 from s3pet_nb.lab.explore import (Explorer, Learned, csv_link, jaccard_frame, margin, margin_text, missing, picked,
@@ -439,6 +439,19 @@ def test_another_run_is_another_figure_with_its_own_limits(root):
         f"Run prune/{view.run.value.id} was pruned; there are no gates.")
     view.run.value = view.run.options[0][1]
     assert not view.slider.disabled and set(view.frames) == {"p", "trained"}
+
+
+def test_a_probe_has_no_gates_and_a_share_that_it_kept(root, tmp_path):
+    make_probed(tmp_path)
+    explorer = Explorer(tmp_path)
+    explorer.choice.value = "Budget"
+    view = explorer.view
+    assert view.slider.disabled and told(view) == f"Run probe/{view.run.value.id} was probed; there are no gates."
+    explorer.choice.value = "Average"
+    assert list(explorer.view.frames) == ["mean share"]
+    explorer = Explorer(run_folders(tmp_path) + run_folders(root, "demo"))
+    explorer.choice.value = "Average"
+    assert set(explorer.view.frames) == {"mean p", "mean share"}
 
 
 # --- structures side by side

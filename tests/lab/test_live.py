@@ -18,6 +18,7 @@ from s3pet_nb.lab.live import CURVES, Control, Monitor, Steered, Watched, points
 from s3pet_nb.lab.log import Tail
 from s3pet_nb.lab.store import Run
 from s3pet_nb.learn.learner import Callback, Checkpoint, Learner, load_state
+from s3pet_nb.learn.probe import probe
 from s3pet_nb.learn.search import SearchConfig, search
 from s3pet_nb.model.backbone import example_batch, tiny
 from s3pet_nb.model.gate import GATES
@@ -78,6 +79,55 @@ def test_looks_say_what_would_be_chosen_and_how_much_that_changed(done):
         assert row.entropy == pytest.approx(bits)
         assert pd.isna(row.churn) if before is None else row.churn == 1 - jaccard(chosen, before)
         before = chosen
+
+
+def probed(run, **settings):
+    "A probe of a tiny encoder that logs to the run, and its result."
+    model = tiny("bert")
+    space, batches = make_space(model), [example_batch(model, seed=seed) for seed in range(4)]
+    return probe(model, space, batches, budget=space.n_params // 3, log=run, callbacks=[],
+                 **{"score": "gain", "batches": 20} | settings)
+
+
+def test_a_monitor_shows_the_scores_of_a_probe_as_they_come(run):
+    result, monitor = probed(run), Monitor(run)
+    frame = plot.probe_frame(run.records())
+    assert frame.score.tolist() == result.score.tolist()
+    heat, curves = monitor.live.figures
+    assert heat["layout"]["title"]["text"] == plot.probe_title(frame)
+    assert list(map(list, heat["data"][0]["z"])) == list(map(list, plot.draw_probe(frame).data[0].z))
+    sets = monitor.watched.frames()["sets"]
+    assert sets.step.tolist() == list(range(2, 21, 2)) and sets.set_size.iloc[-1] == frame.n[frame.selected].sum()
+    assert sets.churn.iloc[1:].between(0, 1).all() and sets.entropy.isna().all()
+    assert monitor.watched.missing() == [] and "probe · step 20 of 20" in monitor.line.value
+    monitor.budget.value = 2 * result.budget
+    assert not monitor.budget.disabled
+    assert f"{len(result.structure(2 * result.budget))} modules" in monitor.live.figures[0]["layout"]["title"]["text"]
+    assert monitor.static()[0].layout.title.text == plot.probe_title(frame)
+
+
+def test_a_monitor_selects_as_the_run_does(tmp_path):
+    run = Run.create(tmp_path, "study", {"select_by": "exact"}, "")
+    result, monitor = probed(run), Monitor(run)
+    assert monitor.under().selected.tolist() == result.structure(by="exact").mask(result.space).tolist()
+
+
+def test_a_monitor_steers_a_probe(tmp_path):
+    run = Run.create(tmp_path, "study", {}, "steered")
+    model = tiny("bert")
+    space = make_space(model)
+
+    async def ask():
+        work = asyncio.ensure_future(Monitor(run).steer(
+            probe, model, space, [example_batch(model)], budget=space.n_params // 3, score="gain", batches=5_000))
+        while not any(record["event"] == "step" and record["step"] >= 4 for record in run.records()):
+            await asyncio.sleep(0.02)
+        Monitor(run).stop()
+        return await work
+
+    result = asyncio.run(ask())
+    assert result.stopped and 4 <= result.passes < 5_000 and len(result.structure()) > 0
+    assert [record["reason"] for record in run.records() if record["event"] == "stopped"] == ["asked to"]
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -10,7 +10,8 @@ from dataclasses import replace
 import nbformat
 import pytest
 from plotly.offline import get_plotlyjs
-from synthetic import N_FIGURES, PRUNE_TEMPLATE, candidates, execute_notebook, make_pruned, make_run
+from synthetic import (N_FIGURES, PRUNE_TEMPLATE, candidates, execute_notebook, make_probed, make_pruned,
+                       make_run)
 from written import EVIL as IMAGE, faulty_study, fill, make_study
 
 from s3pet_nb.core import table
@@ -177,6 +178,21 @@ def test_a_pruning_is_asked_for_again_by_its_own_command(tmp_path, study):
     assert command(run) == (
         "s3pet prune --task glue/cola --backbone minilm --space bias --budget 4631.0 "
         "--granularity unstructured --criterion first-order --set average_over=1 --set protocol=lawton --seed 0")
+
+
+@pytest.mark.parametrize("select_by, said", [
+    ("density", "by score over size"), ("value", "by score"), ("exact", "by score, the best sum")])
+def test_head_says_how_a_probe_chooses(tmp_path, select_by, said):
+    run = make_probed(tmp_path, finished=False, select_by=select_by, probe_steps=24)
+    known = facts(run)
+    assert known["Score of a module"] == "gain_along" and known["Selection"] == said
+    assert known["Protocol"] == "quick, but probe_steps=24" and "Criterion" not in known
+
+
+def test_a_probe_is_asked_for_again_by_its_own_command(tmp_path):
+    run = make_probed(tmp_path, study="budgets", finished=False, select_by="exact", probe_score="gain")
+    assert command(run) == ("s3pet probe --task agreement --backbone minilm --space mix --budget 4542.0 --score gain "
+                            "--set select_by=exact --set protocol=quick --seed 0")
 
 
 def test_page_of_a_pruning(pruned):
@@ -590,6 +606,17 @@ def test_a_page_shows_what_prunings_kept_task_by_task(tmp_path):
     assert "S3PET: mean p over 4 runs" in body and "first-order: mean share kept over 4 runs" in body
     assert re.search("S3PET, task glue.{1,6}cola: mean p over 2 runs", body) and "left out" not in body
     assert body.count("Plotly.newPlot(") == 2 + 4
+
+
+def test_a_page_puts_probes_beside_searches(tmp_path):
+    study = make_study(tmp_path, grid={"task": ["glue/cola"]}, seeds=[0, 1], show=["heatmaps", "cost"],
+                       methods={"S3PET": {}, "probe": {"params": {"probe_score": "gain"}}})
+    fill(study, tmp_path / "reports")
+    body = body_of(study_report(study, tmp_path / "reports"))
+    assert "probe: mean share kept over 2 runs" in body and "S3PET: mean p over 2 runs" in body
+    assert "left out" not in body and "No run has searched" not in body
+    told = body[body.index('<h2 id="Cost"'):body.index('<h2 id="All-runs"')]
+    assert re.search(r">probe</td>.*?>6\.0</td>.*?>100</td>", told, re.S), "seconds and passes of the probe"
 
 
 def test_a_page_that_cannot_be_set_up_says_why(tmp_path, monkeypatch):

@@ -8,14 +8,14 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
-from synthetic import RETRAININGS, candidates, make_pruned, make_run
+from synthetic import RETRAININGS, candidates, make_probed, make_pruned, make_run
 
 from s3pet_nb.core import table
 from s3pet_nb.lab.plot import (budget_frame, comparison_frame, draw_differences, draw_mean_p, draw_sweep,
-                               draw_transfer, loss_frame, mean_p_frame, mixed_frame, p_frame, p_grid,
+                               draw_probe, draw_transfer, loss_frame, mean_p_frame, mixed_frame, p_frame, p_grid,
                                phase_lines, plot_budget, plot_budgets, plot_comparison, plot_loss,
-                               plot_mean_p, plot_mixed, plot_p, plot_score, plot_share, plot_sizes, row_lines,
-                               score_frame, share_frame, structure_frame)
+                               plot_mean_p, plot_mixed, plot_p, plot_probe, plot_score, plot_share, plot_sizes,
+                               probe_frame, row_lines, score_frame, share_frame, structure_frame)
 from s3pet_nb.lab.store import Run, write_json
 from s3pet_nb.model.backbone import tiny
 from s3pet_nb.model.space import make_space
@@ -476,6 +476,83 @@ def test_trainings_before_the_pruning_have_the_left_panel(pruned):
         assert len({named[name].line.dash for name in ROUNDS}) == 3
     scores = score_frame(pruned)
     assert scores[scores.phase == "prune-1"].step.tolist() == [20, 40, 60]
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    return make_probed(tmp_path_factory.mktemp("reports"))
+
+
+def test_scores_of_a_probe_are_the_last_that_were_logged_and_ranked_over_size(probed):
+    frame, logged = probe_frame(probed), [record for record in probed.records() if record["event"] == "scores"]
+    assert len(logged) == 2 and frame.score.tolist() == logged[-1]["score"]
+    assert frame.density.tolist() == (frame.score / frame.n).tolist()
+    falling = frame.sort_values("rank")
+    assert falling["rank"].tolist() == list(range(1, 111)) and falling.density.is_monotonic_decreasing
+    assert set(frame.name[frame.selected]) == {module["path"] for module in probed.structure["modules"]}
+    by_score = probe_frame(probed, "value").sort_values("rank")
+    assert by_score.score.is_monotonic_decreasing
+    assert frame.attrs == {"step": 24, "budget": 4542, "scored": "gain_along", "by": "density"}
+
+
+def test_records_of_scores_are_selected_under_any_budget(probed):
+    records = probed.records()
+    assert probe_frame(records).selected.equals(probe_frame(probed).selected)
+    wider = probe_frame(probed, B=9000)
+    assert 4542 < wider.n[wider.selected].sum() <= 9000
+    exact = probe_frame(records, "exact")
+    assert exact.score[exact.selected].sum() >= max(
+        frame.score[frame.selected].sum() for frame in (probe_frame(records), probe_frame(records, "value")))
+
+
+def test_heatmap_of_scores_shows_the_share_that_is_lower(probed):
+    frame, figure = probe_frame(probed), plot_probe(probed)
+    rows, columns, placed = p_grid(frame)
+    heat = figure.data[0]
+    for entry in placed.itertuples():
+        assert heat.z[entry.y][entry.x] == pytest.approx((110 - entry.rank) / 109)
+        text = heat.text[entry.y][entry.x]
+        assert f"<b>{entry.name}</b>" in text and f"rank {entry.rank} of 110" in text
+        assert ("not selected" in text) is not entry.selected
+    outlined = next(trace for trace in figure.data if trace.name == "selected")
+    assert len(outlined.x) == 6 * frame.selected.sum()
+    assert figure.layout.title.text == (
+        f"Score gain_along over size at step 24, ranked; {frame.selected.sum()} modules selected")
+    assert "over size" not in plot_probe(probed, "exact").layout.title.text
+
+
+def test_a_score_that_is_not_a_number_is_a_hole_and_a_name_is_text(probed):
+    space, scored = ([r for r in probed.records() if r["event"] == kind][-1] for kind in ("space", "scores"))
+    torn = [space, scored | {"name": "<b>mine", "score": [None, *scored["score"][1:]]}]
+    figure = draw_probe(probe_frame(torn))
+    assert "&lt;b&gt;mine" in figure.layout.title.text
+    assert sum(value is not None and not math.isnan(value) for row in figure.data[0].z for value in row) == 109
+
+
+def test_a_run_without_scores_says_so(run):
+    with pytest.raises(ValueError, match="has logged no record 'scores'"):
+        probe_frame(run)
+
+
+def test_steps_of_a_probe_have_the_left_panel(probed, tmp_path):
+    assert loss_frame(probed).groupby("curve", sort=False).size().to_dict() == {
+        "training of the open model": 24, "searched": 48, "random-1": 48}
+    probed.log({"event": "step", "phase": "probe", "step": 1, "steps": 1, "loss": 0.6})
+    figure = plot_loss(probed)
+    assert figure.layout.xaxis.title.text == "step of the probe"
+    assert figure.layout.xaxis2.title.text == "step of the re-training"
+    named = {trace.name: trace for trace in figure.data if trace.name}
+    before = {"training of the open model", "looks, nothing moves"}
+    assert set(named) == before | {"searched", "random"} and {named[name].xaxis for name in before} == {"x"}
+    assert plot_score(probed).layout.xaxis.title.text == "step of the re-training"
+
+
+def test_probes_have_a_mean_of_what_they_kept_if_they_ask_the_same(probed, tmp_path):
+    other = make_probed(tmp_path, seed=1)
+    frame = share_frame([probed, other])
+    assert set(frame.share) == {0, 0.5, 1}
+    with pytest.raises(ValueError, match="score is 'gain_along' in run .* and 'gain' in"):
+        share_frame([probed, make_probed(tmp_path, probe_score="gain")])
 
 
 def test_a_pruned_structure_shows_what_was_kept_of_what(pruned, structured):

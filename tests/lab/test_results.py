@@ -719,7 +719,7 @@ def test_a_grid_of_counts_is_readable(make, root):
 def test_cost_says_what_searching_took(make, root):
     study = make(seeds=[0, 1], grid={"budget": [0.1, 0.2]})
     more = [{"search": {"seconds": 60.0, "passes": 900}}, {"prune": {"seconds": 15.0}},
-            {"search": {"seconds": 120.0, "passes": 1_100}}, {}]
+            {"probe": {"seconds": 120.0, "passes": 1_100}}, {}]
     for question, said in zip(study.questions(), more):
         put(study, question, root, {"searched": 0.5, "random-1": 0.4}, **said)
     for question, peak in zip(study.questions()[::2], [1_000.0, 2_000.0]):  # those of the first budget

@@ -30,6 +30,8 @@ ALL = {  # name: runs, tasks, seeds, methods, budgets
     "prune": (1, 1, 1, [""], [0.0]),
     "prune-quick": (1, 1, 1, [""], [0.0]),
     "prune-paper": (1, 1, 1, [""], [7e-5]),
+    "probe": (1, 1, 1, [""], [0.0]),
+    "probe-quick": (1, 1, 1, [""], [0.0]),
     "calibrate": (135, 3, 3, ["modules", "head", "A"], [0.0]),
     "admit": (95, 9, 5, ["habits", "5 %", "20 %"], [0.0]),
     "reference": (15, 5, 3, [""], [0.0]),
@@ -69,6 +71,7 @@ LOOKS_AT = {  # a study without runs of its own: whose runs it looks at
 }
 # studies that keep their runs with those of another one, as some are the same
 COMMANDS = {f"{command}-{length}": command for command in ("search", "prune") for length in ("quick", "paper")}
+COMMANDS["probe-quick"] = "probe"
 SHARED = {"small-table-2": "small-figure-2", "small-equal-budgets": "small-figure-2",
           "s3pet-mean": "s3pet-table-3", "small-mean": "small-table-3"}
 SMALL = [name for name in ALL if name.startswith("small-")]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accidents import Kill, Killed, Stop
 from torch.utils.data import DataLoader, RandomSampler
 
 from s3pet_nb.core import UnknownName
@@ -186,11 +187,7 @@ def test_a_record_says_where_it_is_from_and_seconds_leave_out_a_wait():
 
 
 def test_a_stop_ends_the_run_after_its_step():
-    class Stop(Callback):
-        def after_step(self, learner):
-            learner.stop = learner.step == 2
-
-    learner = Learner(lambda batch: {"loss": 0.0}, [1], 9, "count", callbacks=[Stop()])
+    learner = Learner(lambda batch: {"loss": 0.0}, [1], 9, "count", callbacks=[Stop(2)])
     learner.fit()
     assert learner.step == 2 and learner.over
 
@@ -202,21 +199,6 @@ def test_a_broken_loss_is_logged_and_told_and_callbacks_see_the_end():
         learner.fit()
     assert records[-1] == {"event": "stopped", "phase": "count", "step": 2, "reason": "loss is nan"}
     assert moments.seen[-1] == ["after", 2]
-
-
-class Accident(Exception):
-    pass
-
-
-class Dies(Callback):
-    "Ends the run the hard way; remembers nothing, so it may be missing in the next one."
-
-    def __init__(self, at):
-        self.at = at
-
-    def after_step(self, learner):
-        if learner.step == self.at:
-            raise Accident
 
 
 def run(path, records, *more, n_steps=10, every=3):
@@ -241,8 +223,8 @@ class Numbers(Stream):
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(at, tmp_path):
     whole, parts = Records(), Records()
     expected = run(tmp_path / "whole.safetensors", whole)
-    with pytest.raises(Accident):
-        run(tmp_path / "part.safetensors", parts, Dies(at))
+    with pytest.raises(Killed):
+        run(tmp_path / "part.safetensors", parts, Kill(at))
     assert run(tmp_path / "part.safetensors", parts) == expected
     assert [{**record, "seconds": 0} for record in parts] == [{**record, "seconds": 0} for record in whole]
 

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accidents import Kill, Killed, Stop, Watch
 from torch.utils.data import DataLoader
 
 from s3pet_nb.core import UnknownName
 from s3pet_nb.learn.compute import Compute
-from s3pet_nb.learn.learner import Callback, Checkpoint, Records
+from s3pet_nb.learn.learner import Checkpoint, Records
 from s3pet_nb.learn.probe import SCORES, SELECTIONS, Along, Look, probe
-from s3pet_nb.learn.prune import Units, flat
+from s3pet_nb.learn.prune import CRITERIA, Mean, ScoredStep, Scorer, Units, check_scores, flat
 from s3pet_nb.learn.train import TrainConfig, TrainStep
 from s3pet_nb.model.backbone import FAMILIES, example_batch, tiny
 from s3pet_nb.model.budget import resolve_budget
@@ -32,23 +33,6 @@ def asked():
 def ask(asked, score, **given):
     model, space, data = asked
     return probe(model, space, data, budget=0.01, score=score, **{"config": CONFIG, "callbacks": ()} | given)
-
-
-class Watch:
-    "Stores weights and gradients of the modules at every step, as the step computes them, before it moves."
-
-    def __init__(self, monkeypatch):
-        self.thetas, self.grads = [], []
-        gradients = TrainStep.gradients
-
-        def stored(step, batches):
-            grads, loss = gradients(step, batches)
-            pets = [weight for name, weight in step.weights.items() if not name.startswith("head.")]
-            self.thetas.append(flat(pets).double())
-            self.grads.append(flat(grads[:len(pets)]).double())
-            return grads, loss
-
-        monkeypatch.setattr(TrainStep, "gradients", stored)
 
 
 @pytest.fixture
@@ -222,22 +206,6 @@ def test_bf16_is_near(asked):
     near(rough, ask(asked, "gain").score, 0.1)
 
 
-class Killed(Exception):
-    pass
-
-
-class Kill(Callback):
-    "Ends the run after so many steps of all phases."
-
-    def __init__(self, at):
-        self.left = at
-
-    def after_step(self, learner):
-        self.left -= 1
-        if not self.left:
-            raise Killed
-
-
 @pytest.mark.parametrize("score, at", [("gain", 5), ("gain_along", 25), ("allocation", 7),
                                        ("gain_after", 11), ("gain_after", 30), ("gain_after", 33)])
 def test_a_probe_that_was_killed_goes_on_to_the_same_scores(asked, tmp_path, score, at):
@@ -254,8 +222,17 @@ def test_the_log_has_the_space_and_the_scores(asked):
     found = ask(asked, "gain_after", log=log)
     events = [record["event"] for record in log]
     assert events[0] == "space" and events.count("space") == 1 and events[-1] == "scores"
-    assert log[-1]["score"] == found.score.tolist() and log[-1]["criterion"] == "gain_after"
+    assert log[-1]["score"] == found.score.tolist() and log[-1]["name"] == "gain_after"
     assert {record["phase"] for record in log if record["event"] == "step"} == {"probe-train", "probe"}
+
+
+def test_the_log_has_scores_on_the_way(asked):
+    log = Records()
+    ask(asked, "gain_along", log=log)
+    scored = [record for record in log if record["event"] == "scores"]
+    assert [record["step"] for record in scored] == [21, 24, 27, 30], "every tenth, once there is a score"
+    first = ask(asked, "gain_along", callbacks=[Stop(24)])
+    assert scored[1]["score"] == first.score.tolist()
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -279,16 +256,6 @@ def test_the_loader_is_found_where_it_was(asked):
     assert torch.equal(one.entries, other.entries)
 
 
-class Stop(Callback):
-    "Stops each phase after so many steps, as a hand would."
-
-    def __init__(self, at):
-        self.at = at
-
-    def after_step(self, learner):
-        learner.stop = learner.step >= self.at
-
-
 def test_a_probe_that_was_stopped_says_so_or_is_refused(asked):
     found = ask(asked, "gain", callbacks=[Stop(4)])
     assert found.stopped and found.passes == 4 and "stopped by hand" in repr(found)
@@ -309,6 +276,34 @@ def test_low_rank_modules_of_other_families_are_scored(family, space, score):
     assert (found.score[lora] > 0).any() and 0 < found.structure().n_params <= space.n_params // 4
 
 
+def test_looks_make_no_optimiser(asked, monkeypatch):
+    made = []
+    monkeypatch.setattr("s3pet_nb.learn.train.stepper_for", lambda *args: made.append(args))
+    ask(asked, "gain", batches=2)
+    assert not made
+    with pytest.raises(AttributeError):
+        ask(asked, "gain_after", batches=2)
+    assert len(made) == 1, "the training before them has one"
+
+
+def test_a_score_is_called_a_score_and_a_criterion_a_criterion(asked):
+    space, config = asked[1], replace(CONFIG, steps=1)
+    for make, words in (SCORES["gain"].make, "score 'gain'"), (lambda: Mean(CRITERIA["fisher"]), "criterion 'fisher'"):
+        with pytest.raises(FloatingPointError, match=f"{words} is not a number at w"):
+            check_scores(torch.tensor([math.nan]), make(), {"w": torch.zeros(1)})
+        with attach(asked[0], space) as gated:
+            assert words.split()[0] in ScoredStep(gated, config, make()).about()
+
+
+def test_a_scorer_that_cannot_score_is_refused():
+    class Half(Scorer):
+        def see(self, at):
+            return at.grad
+
+    with pytest.raises(TypeError, match="abstract.* scores"):
+        Half()
+
+
 def test_moments_that_there_are_not_are_refused():
     with pytest.raises(UnknownName, match="moments of a score 'during'"):
         Look(Along, "during")
@@ -316,9 +311,9 @@ def test_moments_that_there_are_not_are_refused():
 
 @pytest.mark.parametrize("given, refused", [
     ({"score": "gains"}, "did you mean 'gain'"),
-    ({"score": "gain", "batches": 1}, "batches is 1, and 'gain' needs at least 2; give as many"),
-    ({"score": "gain_along", "config": replace(CONFIG, steps=20)}, "steps is 20, and 'gain_along' needs at least 21"),
-    ({"score": "allocation", "config": replace(CONFIG, steps=1)}, "steps is 1, and 'allocation' needs at least 2"),
+    ({"score": "gain", "batches": 1}, "score 'gain' needs at least 2 batches, and is given 1; give more"),
+    ({"score": "gain_along", "config": replace(CONFIG, steps=20)}, "'gain_along' needs at least 21 steps, and is given 20"),
+    ({"score": "allocation", "config": replace(CONFIG, steps=1)}, "'allocation' needs at least 2 steps, and is given 1"),
     ({"score": "gain", "budget": 5}, "budget"),
 ])
 def test_what_cannot_be_probed_is_refused_before_a_pass(asked, given, refused):

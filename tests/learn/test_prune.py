@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 from accelerate import PartialState
+from accidents import Stop, Watch
 from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from s3pet_nb.learn.compute import Compute, negative_loss
-from s3pet_nb.learn.learner import Callback, Checkpoint, Records, load_state
+from s3pet_nb.learn.learner import Checkpoint, Records, load_state
 from s3pet_nb.learn.prune import (CRITERIA, GRANULARITIES, Moment, PruneConfig, ScoredStep, Units, drop, flat,
                                   geometric_budgets, prune_search, random_units, same_kinds_units, upper_units, within)
 from s3pet_nb.learn.train import TrainConfig, TrainStep, retrain
@@ -30,24 +31,6 @@ TRAIN = TrainConfig(steps=10, lr=1e-2, warmup=0.2, clip=0.05, take="last", dropo
 
 def rows(model, count: int = 6, size: int = 8) -> list[dict[str, torch.Tensor]]:
     return [example_batch(model, size=size, seed=seed) for seed in range(count)]
-
-
-class Watch:
-    "Stores weights and gradients of every step, as the step computes them, before it moves."
-
-    def __init__(self, monkeypatch):
-        self.weights, self.grads = [], []
-        gradients = TrainStep.gradients
-
-        def stored(step, batches):
-            grads, loss = gradients(step, batches)
-            if isinstance(step, ScoredStep):
-                pets = [w for name, w in step.weights.items() if not name.startswith("head.")]
-                self.weights.append(flat(pets).double())
-                self.grads.append(flat(grads[:len(pets)]).double())
-            return grads, loss
-
-        monkeypatch.setattr(TrainStep, "gradients", stored)
 
 
 FORMULAS = {
@@ -66,11 +49,11 @@ def test_every_criterion_has_a_formula_to_be_held_against():
 @pytest.mark.parametrize("average_over", [0, 4, 1])
 @pytest.mark.parametrize("criterion", FORMULAS)
 def test_the_criterion_is_the_formula_on_stored_steps(criterion, average_over, monkeypatch):
-    model, watch = tiny("bert"), Watch(monkeypatch)
+    model, watch = tiny("bert"), Watch(monkeypatch, ScoredStep)
     result = prune_search(model, make_space(model, SMALL), rows(model), budget=300, criterion=criterion,
                           config=PruneConfig(TRAIN, average_over=average_over), callbacks=())
-    steps = [FORMULAS[criterion](theta, grad, watch.weights[0])
-             for theta, grad in zip(watch.weights, watch.grads)][-average_over:]
+    steps = [FORMULAS[criterion](theta, grad, watch.thetas[0])
+             for theta, grad in zip(watch.thetas, watch.grads)][-average_over:]
     expected = torch.stack(steps).mean(0)
     assert len(steps) == (average_over or 10)
     assert (result.scores - expected).norm() <= 1e-6 * expected.norm()
@@ -80,10 +63,10 @@ def test_the_criterion_is_the_formula_on_stored_steps(criterion, average_over, m
 @pytest.mark.parametrize("compute", [Compute(accumulate=2), Compute("bf16"), Compute(gradient_checkpointing=True)],
                          ids=["accumulated", "bf16", "checkpointed"])
 def test_scores_are_right_however_the_gradient_is_computed(compute, monkeypatch):
-    model, watch = tiny("bert"), Watch(monkeypatch)
+    model, watch = tiny("bert"), Watch(monkeypatch, ScoredStep)
     config = PruneConfig(replace(TRAIN, compute=compute))
     result = prune_search(model, make_space(model, SMALL), rows(model), budget=300, config=config, callbacks=())
-    expected = -torch.stack([theta * grad for theta, grad in zip(watch.weights, watch.grads)]).mean(0)
+    expected = -torch.stack([theta * grad for theta, grad in zip(watch.thetas, watch.grads)]).mean(0)
     assert (result.scores - expected).norm() <= 1e-6 * expected.norm()
 
 
@@ -415,12 +398,8 @@ def test_another_question_is_refused_in_its_first_phase(asked, words, tmp_path):
 
 
 def test_a_training_that_is_stopped_before_it_is_scored_is_refused():
-    class Stop(Callback):
-        def after_step(self, learner):
-            learner.stop = learner.step == 5
-
     refused(ValueError, "stopped after step 5, and only the last 3 of 10 are scored; score all of them",
-            config=PruneConfig(TRAIN, average_over=3), callbacks=[Stop()])
+            config=PruneConfig(TRAIN, average_over=3), callbacks=[Stop(5)])
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -525,7 +504,7 @@ def one_of_two(folder: str) -> None:
 def test_two_processes_score_what_one_does_with_two_batches(tmp_path):
     launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     shown = subprocess.run([sys.executable, *launch, __file__, str(tmp_path)], cwd=ROOT, capture_output=True,
-                           text=True)
+                           text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])})
     assert shown.returncode == 0, shown.stderr
     one, two = (load_file(tmp_path / f"{rank}.safetensors")["scores"] for rank in range(2))
     alone = scores_of(accumulate=2)

@@ -457,6 +457,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     's3pet_nb.lab.judge.judge_trained': ('lab/judge.html#judge_trained', 's3pet_nb/lab/judge.py'),
                                     's3pet_nb.lab.judge.kept': ('lab/judge.html#kept', 's3pet_nb/lab/judge.py'),
                                     's3pet_nb.lab.judge.residuals': ('lab/judge.html#residuals', 's3pet_nb/lab/judge.py'),
+                                    's3pet_nb.lab.judge.scores_of': ('lab/judge.html#scores_of', 's3pet_nb/lab/judge.py'),
                                     's3pet_nb.lab.judge.table_for': ('lab/judge.html#table_for', 's3pet_nb/lab/judge.py'),
                                     's3pet_nb.lab.judge.top_tenth': ('lab/judge.html#top_tenth', 's3pet_nb/lab/judge.py'),
                                     's3pet_nb.lab.judge.trained_rows': ('lab/judge.html#trained_rows', 's3pet_nb/lab/judge.py'),

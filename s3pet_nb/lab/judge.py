@@ -20,7 +20,7 @@ scores."""
 
 # %% auto #0
 __all__ = ['TRAINED', 'check_scores', 'kept', 'best_random', 'worth', 'top_tenth', 'residuals', 'judge_scores', 'judge_trained',
-           'judge', 'differences', 'table_for', 'trained_rows', 'judge_study']
+           'judge', 'differences', 'table_for', 'trained_rows', 'scores_of', 'judge_study']
 
 # %% ../../nbs/lab/19_judge.ipynb #judge-003
 import os
@@ -35,7 +35,7 @@ from scipy.stats import kendalltau, percentileofscore
 from .analysis import ends, interval, scored, tau_ceiling
 from .plot import SEARCHED
 from .results import DIGITS, answers, gates_frame
-from .store import structure_kind
+from .store import Run, structure_kind
 from .study import Question, Study
 from .table import Table, trained_by
 
@@ -216,6 +216,13 @@ def trained_rows(question: Question, result: Mapping) -> list[dict]:
     return rows
 
 
+def scores_of(run: Run, result: Mapping) -> dict[str, float]:
+    "What a run says of each candidate: a probe its score, a search p; empty for a run without either."
+    if all("score" in each for each in result.get("kept", [{}])):
+        return {each["name"]: each["score"] for each in result["kept"]}
+    return gates_frame(run).set_index("name").p.to_dict() if (run.folder / "gates.csv").exists() else {}
+
+
 def judge_study(
     study: Study,
     tables: Mapping[str, Table],  # by name
@@ -226,8 +233,8 @@ def judge_study(
     for question, run, result in answers(study, root):
         name = table_for(question, result, tables)
         rows += [{"table": name} | row for row in trained_rows(question, result)]
-        if (run.folder / "gates.csv").exists():
-            scores.setdefault((name, question.method), []).append(gates_frame(run).set_index("name").p)
+        if said := scores_of(run, result):
+            scores.setdefault((name, question.method), []).append(said)
     parts = []
     trained = pd.DataFrame(rows, columns=["table", "method", "kind", "seed", "test", "cost"])
     for (name, method, kind), some in trained.groupby(["table", "method", "kind"], sort=False):

@@ -203,6 +203,18 @@ def test_a_run_that_a_table_cannot_judge_is_refused(searched, change, refused):
         judge.judge_study(asked, {"small": replace(table, about=table.about | change)}, reports)
 
 
+def test_scores_are_those_that_a_run_has(searched):
+    asked, reports, table = searched
+    run = Run(next(path for path in (reports / asked.name).iterdir()))
+    assert set(judge.scores_of(run, run.result)) == set(table.candidates.name)
+    probed = run.result | {"kept": [{"name": "a", "score": 0.5}, {"name": "b", "score": 0.0}]}
+    assert judge.scores_of(run, probed) == {"a": 0.5, "b": 0.0}
+    pruned = run.result | {"kept": [{"name": "a", "n": 3}]}
+    assert judge.scores_of(run, pruned) == judge.scores_of(run, run.result)
+    (run.folder / "gates.csv").unlink()
+    assert judge.scores_of(run, pruned) == {}
+
+
 def test_a_study_without_runs_is_judged_by_nothing(searched, tmp_path):
     asked, _, table = searched
     assert judge.judge_study(asked, {"small": table}, tmp_path / "none").empty

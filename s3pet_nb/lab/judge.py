@@ -222,7 +222,7 @@ def scores_of(run: Run, result: Mapping) -> dict[str, float]:
         return {each["name"]: each["score"] for each in result["kept"]}
     return gates_frame(run).set_index("name").p.to_dict() if (run.folder / "gates.csv").exists() else {}
 
-
+# %% ../../nbs/lab/19_judge.ipynb #judge-019d
 def judge_study(
     study: Study,
     tables: Mapping[str, Table],  # by name

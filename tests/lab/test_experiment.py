@@ -392,8 +392,10 @@ CLOCK = "seconds", "memory_mb", "phase_memory_mb"  # what two runs of one questi
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory):
-    "A run of the template `probe`."
-    return execute("probe", PROBE, tmp_path_factory.mktemp("reports"), "probe")
+    "A run of the template `probe`, on one thread, as this process is: more would add up in another order."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        return execute("probe", PROBE, tmp_path_factory.mktemp("reports"), "probe")
 
 
 def test_a_probe_by_its_template_is_that_of_the_library(probed):

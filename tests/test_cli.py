@@ -12,7 +12,7 @@ import typer
 from templates import RESULT, write_template
 from typer.testing import CliRunner
 
-from s3pet_nb.cli import app, assignments, closing_table, one_sentence
+from s3pet_nb.cli import app, assignments, closing_table, of_length, one_sentence
 from s3pet_nb.lab.study import checked, resolve, study
 
 S3PET = [sys.executable, "-c", "from s3pet_nb.cli import main; main()"]
@@ -373,3 +373,9 @@ def test_what_only_a_look_at_backbone_and_rows_can_tell_is_told_of_all_runs_befo
     ended = invoke("study", "mine.yml")
     assert ended.exit_code == 1 and not (tmp_path / "reports").exists()
     assert "did you mean 'local'" in ended.stderr and ended.stderr.count("\n- ") == 2
+
+
+@pytest.mark.parametrize("command", ["search", "prune"])
+def test_each_length_is_a_study(command):
+    given = [(False, False, False), (True, False, False), (False, True, False), (False, False, True)]
+    assert [of_length(command, *flags) for flags in given] == [command, f"{command}-quick", command, f"{command}-paper"]

@@ -150,6 +150,7 @@ def test_a_paper_study_leaves_the_protocol_to_the_protocol(asked, name):
 
 def test_the_page_of_a_study_with_digits_says_so():
     assert form_notes(study("s3pet-table-5")) == [FORMS["digits"].note]
+    assert "words of its own" in FORMS["digits"].note
     assert form_notes(study("small-table-5")) == form_notes(study("prune-table-1")) == []
 
 
@@ -222,3 +223,9 @@ def test_a_search_gives_each_target_the_head_that_it_needs(tmp_path):
     assert [row["metric"] for row in rows] == ["accuracy", "pearson"]
     assert rows[0]["n_params"] == rows[1]["n_params"]
     assert rows[0]["head_params"] - rows[1]["head_params"] == 2 * 385
+
+
+@pytest.mark.parametrize("name", ["s3pet-figure-4", "small-figure-4"])
+def test_figure_4_leaves_the_weight_of_the_penalty_to_the_search(asked, name):
+    penalised = [question.params for question in asked(name) if question.params["gate"] == "hard-concrete"]
+    assert penalised and all((params["l0"], params["alphas"]) == (0, "last") for params in penalised)

@@ -91,7 +91,7 @@ def never(step: SearchStep) -> Tensor:  # (N,) bool
 def out_of_reach(step: SearchStep) -> Tensor:  # (N,) bool
     "Those that the rest of the search cannot bring into the chosen set, at one rate a step."
     alpha, chosen = step.gated.alpha.detach(), step.chosen()
-    return ~chosen & (alpha.max() > alpha) & (alpha + 2 * step.step_alpha.travel() < alpha[chosen].min())
+    return ~chosen & (alpha + 2 * step.step_alpha.travel() < alpha[chosen].min())
 
 
 @SHRINKING.register("falling")
@@ -107,7 +107,7 @@ def falling(step: SearchStep) -> Tensor:  # (N,) bool
     return ~select(step.gated.p.detach(), n, max(B, int(left)))
 
 # %% ../../nbs/learn/10_strategy.ipynb #strategy-step-2
-GONE = -40.0  # alpha of a candidate that is closed for good: its p is 0 in float64 beside any other's
+GONE = -40.0  # alpha of a candidate that is closed for good: at tau = 1 its p is below 1e-15
 
 
 class StrategyStep(SearchStep):

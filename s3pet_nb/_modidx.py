@@ -798,6 +798,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       's3pet_nb.lab.results.runs_frame': ('lab/results.html#runs_frame', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results.save_tables': ('lab/results.html#save_tables', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results.scores': ('lab/results.html#scores', 's3pet_nb/lab/results.py'),
+                                      's3pet_nb.lab.results.search_of': ('lab/results.html#search_of', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results.seed_columns': ('lab/results.html#seed_columns', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results.seed_sentence': ('lab/results.html#seed_sentence', 's3pet_nb/lab/results.py'),
                                       's3pet_nb.lab.results.share_table': ('lab/results.html#share_table', 's3pet_nb/lab/results.py'),

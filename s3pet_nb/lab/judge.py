@@ -34,7 +34,7 @@ from scipy.stats import kendalltau, percentileofscore
 
 from .analysis import ends, interval, scored, tau_ceiling
 from .plot import SEARCHED
-from .results import DIGITS, answers, gates_frame
+from .results import DIGITS, answers, gates_frame, search_of
 from .store import Run, structure_kind
 from .study import Question, Study
 from .table import Table, trained_by
@@ -206,8 +206,8 @@ def table_for(question: Question, result: Mapping, tables: Mapping[str, Table]) 
 # %% ../../nbs/lab/19_judge.ipynb #judge-019c
 def trained_rows(question: Question, result: Mapping) -> list[dict]:
     "What a run trained: method, kind of structure, seed, test score, and cost in trainings."
-    spent = next((result[phase] for phase in ("search", "prune", "probe") if phase in result), {})
-    passes, rows = spent.get("passes", spent.get("steps", 0)), []
+    spent, rows = search_of(result), []
+    passes = spent.get("passes", spent.get("steps", 0))
     for row in result["rows"]:
         kind = structure_kind(row["label"])
         before = passes / row["steps"] if kind == SEARCHED else row.get("best_of", 1) - 1

@@ -35,7 +35,8 @@ __all__ = ['COLUMNS', 'SEEDS', 'NUMBERS', 'DIGITS', 'CLUSTERS', 'MANY', 'DRAWS',
            'grid_of', 'learned', 'nothing_sentences', 'summary', 'with_lines', 'sweep_frame', 'clustered', 'holm',
            'differences', 'p_text', 'difference_sentences', 'difference_table', 'ranks', 'rank_sentence',
            'variance_parts', 'variance_shares', 'seed_sentence', 'share_table', 'averages', 'wide', 'best_of',
-           'transfer', 'cost', 'cost_table', 'gates_frame', 'heat_frames', 'save_tables', 'Outcome', 'run_scores']
+           'transfer', 'search_of', 'cost', 'cost_table', 'gates_frame', 'heat_frames', 'save_tables', 'Outcome',
+           'run_scores']
 
 # %% ../../nbs/lab/08_results.ipynb #results-003
 import html
@@ -680,10 +681,14 @@ def _memory(run: Run, labels: Collection[str]) -> dict[str, float | None]:
     return {name: max(values, default=None) for name, values in peaks.items()}
 
 
+def search_of(result: Mapping) -> Mapping:
+    "What a result says of its search, pruning or probe; empty where there was none."
+    return next(filter(None, map(result.get, ("search", "prune", "probe"))), {})
+
+
 def _spent(question: Question, run: Run, result: dict) -> dict:
     "What one run's search and re-training took; what its result and its log do not say is missing."
-    search = next(filter(None, map(result.get, ("search", "prune", "probe"))), {})
-    rows = result.get("rows") or []
+    search, rows = search_of(result), result.get("rows") or []
     labels = {row["label"] for row in rows}
     retrain = pd.Series([row.get("seconds") for row in rows if row["label"] == SEARCHED], dtype=float)
     return {"row": question.method or SEARCHED, "task": _source(question, result),

@@ -581,7 +581,6 @@ def draw_heat(self: Monitor) -> None:
     self.heat = _redrawn(self.heat or plain_figure(draw(frame)), moved, title(frame))
 
 
-
 @patch
 def draw_curves(self: Monitor) -> None:
     "Draw everything that has the steps as its axis."

@@ -107,7 +107,7 @@ def falling(step: SearchStep) -> Tensor:  # (N,) bool
     return ~select(step.gated.p.detach(), n, max(B, int(left)))
 
 # %% ../../nbs/learn/10_strategy.ipynb #strategy-step-2
-GONE = -40.0  # alpha of a candidate that is closed for good: at tau = 1 its p is below 1e-15
+GONE = -40.0  # alpha of a candidate that is closed for good: at tau = 1 its odds are e^-40 of those at 0
 
 
 class StrategyStep(SearchStep):

@@ -680,7 +680,7 @@ def _memory(run: Run, labels: Collection[str]) -> dict[str, float | None]:
     peaks = {"search_memory_mb": list(filter(None, search)), "retrain_memory_mb": list(filter(None, retrain))}
     return {name: max(values, default=None) for name, values in peaks.items()}
 
-
+# %% ../../nbs/lab/08_results.ipynb #results-029b
 def search_of(result: Mapping) -> Mapping:
     "What a result says of its search, pruning or probe; empty where there was none."
     return next(filter(None, map(result.get, ("search", "prune", "probe"))), {})
